@@ -1,0 +1,111 @@
+#include "abstract.h"
+
+#include <ATen/ATen.h>
+
+#include <numeric>
+
+namespace planmoe {
+namespace {
+
+void check_rows(const char* name, const at::Tensor& tensor, const char* splits_name, const std::vector<int64_t>& splits,
+                int64_t group_size, c10::Device device) {
+  TORCH_CHECK_VALUE(tensor.dim() == 2, name, " must be 2-d [rows, width], got ", tensor.dim(), "-d");
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides());
+  TORCH_CHECK_VALUE(tensor.device() == device, name, " is on ", tensor.device(), ", this exchange works on ", device);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(splits.size()) == group_size, splits_name, " has ", splits.size(),
+                    " entries, the group has ", group_size, " ranks");
+  for (auto rows : splits)
+    TORCH_CHECK_VALUE(rows >= 0, splits_name, " must not be negative, got ", c10::IntArrayRef(splits));
+  auto total = std::accumulate(splits.begin(), splits.end(), int64_t{0});
+  TORCH_CHECK_VALUE(total == tensor.size(0), splits_name, " add up to ", total, " rows, ", name, " has ",
+                    tensor.size(0));
+}
+
+at::Tensor as_bytes(const at::Tensor& tensor) { return tensor.view(at::kByte); }
+
+}  // namespace
+
+bool Exchange::wait_for(int64_t milliseconds) {
+  for (const auto& transfer : transfers_)
+    if (!transfer->wait_for(milliseconds)) return false;
+  return true;
+}
+
+int64_t Exchange::bytes_sent() const {
+  int64_t total = 0;
+  for (const auto& transfer : transfers_) total += transfer->bytes_sent;
+  return total;
+}
+
+int64_t Leg::bytes_sent() const {
+  int64_t total = 0;
+  for (const auto& message : sends) total += static_cast<int64_t>(message.buffer.nbytes());
+  return total;
+}
+
+std::unique_ptr<Link> make_link(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane, c10::Device device,
+                                int64_t timeout_ms) {
+  if (device.is_cpu()) return make_thread_link(std::move(group), std::move(lane), timeout_ms);
+  return make_stream_link(std::move(group), std::move(lane), device);
+}
+
+AbstractComm::AbstractComm(CommOptions options) : options_(std::move(options)) {
+  TORCH_CHECK_VALUE(!options_.groups.empty(), "an all-to-all needs at least one process group");
+  rank_ = options_.groups[0]->getRank();
+  size_ = options_.groups[0]->getSize();
+  TORCH_CHECK_VALUE(rank_ >= 0 && rank_ < size_, "this process is not in the group (rank ", rank_, " of ", size_, ")");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(options_.node_of_rank.size()) == size_, "node_of_rank has ",
+                    options_.node_of_rank.size(), " entries, the group has ", size_, " ranks");
+  TORCH_CHECK_VALUE(options_.timeout_ms >= 0, "timeout_ms must not be negative, got ", options_.timeout_ms);
+}
+
+std::shared_ptr<Exchange> AbstractComm::start(ExchangeSpec spec) {
+  check(spec);
+  spec.send = as_bytes(spec.send);
+  spec.recv = as_bytes(spec.recv);
+  next_tag_ = (next_tag_ + 1) % (1 << 20);
+  return post(spec, next_tag_);
+}
+
+void AbstractComm::check(const ExchangeSpec& spec) const {
+  check_rows("send", spec.send, "send_rows", spec.send_rows, size_, options_.device);
+  check_rows("recv", spec.recv, "recv_rows", spec.recv_rows, size_, options_.device);
+  TORCH_CHECK_VALUE(spec.send.scalar_type() == spec.recv.scalar_type(), "send is ", spec.send.scalar_type(),
+                    ", recv is ", spec.recv.scalar_type(), ": they must have one dtype");
+  TORCH_CHECK_VALUE(spec.send.size(1) == spec.recv.size(1), "send rows are ", spec.send.size(1),
+                    " wide, recv rows are ", spec.recv.size(1));
+  TORCH_CHECK_VALUE(spec.send_rows[rank_] == spec.recv_rows[rank_], "rank ", rank_, " sends itself ",
+                    spec.send_rows[rank_], " rows but receives ", spec.recv_rows[rank_]);
+}
+
+Leg make_leg(const ExchangeSpec& spec, int64_t rank, const std::vector<bool>& include, int tag) {
+  const auto size = static_cast<int64_t>(spec.send_rows.size());
+  std::vector<int64_t> send_start(size, 0);
+  std::vector<int64_t> recv_start(size, 0);
+  for (int64_t peer = 1; peer < size; ++peer) {
+    send_start[peer] = send_start[peer - 1] + spec.send_rows[peer - 1];
+    recv_start[peer] = recv_start[peer - 1] + spec.recv_rows[peer - 1];
+  }
+  Leg leg;
+  leg.tag = tag;
+  for (int64_t step = 0; step < size; ++step) {  // rank + 1, rank + 2, ...: no peer is everybody's first
+    const int64_t to = (rank + step) % size;
+    const int64_t from = (rank - step + size) % size;
+    if (include[from] && spec.recv_rows[from] > 0 && step > 0)
+      leg.receives.push_back({from, spec.recv.narrow(0, recv_start[from], spec.recv_rows[from])});
+    if (!include[to] || spec.send_rows[to] == 0) continue;
+    auto rows = spec.send.narrow(0, send_start[to], spec.send_rows[to]);
+    if (step > 0)
+      leg.sends.push_back({to, rows});
+    else
+      leg.local_copies.emplace_back(rows, spec.recv.narrow(0, recv_start[rank], spec.recv_rows[rank]));
+  }
+  return leg;
+}
+
+CommRegistry& comm_registry() {
+  static CommRegistry registry("all-to-all algorithm");
+  return registry;
+}
+
+}  // namespace planmoe

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <vector>
+
+#include "../registry.h"
+#include "link.h"
+
+namespace planmoe {
+
+// One all-to-all with variable splits over the ranks of a group.
+//   send [sum(send_rows), W], recv [sum(recv_rows), W]: contiguous, same dtype and device; rows lie in group rank order.
+//   send_rows[p] rows go to group rank p, recv_rows[p] rows come from it; both sides must agree on every count.
+struct ExchangeSpec {
+  at::Tensor send;
+  std::vector<int64_t> send_rows;
+  at::Tensor recv;
+  std::vector<int64_t> recv_rows;
+};
+
+// An exchange in flight. Buffers belong to it until wait() returns; the caller must not touch them before.
+class Exchange {
+ public:
+  explicit Exchange(std::vector<std::shared_ptr<Transfer>> transfers) : transfers_(std::move(transfers)) {}
+
+  // True once finished, false when `milliseconds` passed first. Rethrows what went wrong.
+  // On an accelerator: makes the current stream wait instead of the host and returns true at once.
+  bool wait_for(int64_t milliseconds);
+  const std::vector<std::shared_ptr<Transfer>>& transfers() const { return transfers_; }
+  int64_t bytes_sent() const;  // to other ranks
+
+ private:
+  std::vector<std::shared_ptr<Transfer>> transfers_;
+};
+
+// What an all-to-all is built from. Group ranks throughout; `node_of_rank` has one entry per group rank.
+struct CommOptions {
+  std::vector<c10::intrusive_ptr<c10d::ProcessGroup>> groups;  // same ranks each; an algorithm uses one per link
+  std::vector<int64_t> node_of_rank;
+  c10::Device device = c10::kCPU;
+  int64_t timeout_ms = 0;  // bound of every wait; 0 = the process group's own timeout
+};
+
+// An all-to-all algorithm. A new one is one file: subclass, implement start(), PLANMOE_REGISTER_COMM.
+class AbstractComm {
+ public:
+  explicit AbstractComm(CommOptions options);
+  virtual ~AbstractComm() = default;
+
+  // Checks the request (ValueError naming the offending value), then posts it. Never blocks on the network.
+  // Exchanges of one instance run in the order of the calls, which must be the same on every rank.
+  std::shared_ptr<Exchange> start(ExchangeSpec spec);
+
+  int64_t rank() const { return rank_; }
+  int64_t size() const { return size_; }
+
+ protected:
+  // `tag` differs between exchanges in flight. Views in `spec` are bytes: uint8 [rows, row_bytes].
+  virtual std::shared_ptr<Exchange> post(const ExchangeSpec& spec, int tag) = 0;
+
+  const CommOptions& options() const { return options_; }
+
+ private:
+  void check(const ExchangeSpec& spec) const;
+
+  CommOptions options_;
+  int64_t rank_;
+  int64_t size_;
+  int next_tag_ = 0;
+};
+
+// The messages of `spec` to and from the peers for which include[peer] holds, nearest rank first.
+Leg make_leg(const ExchangeSpec& spec, int64_t rank, const std::vector<bool>& include, int tag);
+
+using CommRegistry = Registry<AbstractComm, const CommOptions&>;
+CommRegistry& comm_registry();
+
+}  // namespace planmoe
+
+#define PLANMOE_REGISTER_COMM(name, Class)                                                          \
+  static const bool registered_##Class = ::planmoe::comm_registry().add(                            \
+      name, [](const ::planmoe::CommOptions& options) -> std::shared_ptr<::planmoe::AbstractComm> { \
+        return std::make_shared<Class>(options);                                                    \
+      })

@@ -1,0 +1,28 @@
+// direct: one flat exchange with every peer, every receive posted before any send.
+#include "abstract.h"
+
+namespace planmoe {
+namespace {
+
+class DirectComm final : public AbstractComm {
+ public:
+  explicit DirectComm(const CommOptions& options)
+      : AbstractComm(options),
+        everyone_(size(), true),
+        link_(make_link(options.groups[0], "exchange", options.device, options.timeout_ms)) {}
+
+ protected:
+  std::shared_ptr<Exchange> post(const ExchangeSpec& spec, int tag) override {
+    return std::make_shared<Exchange>(
+        std::vector<std::shared_ptr<Transfer>>{link_->post(make_leg(spec, rank(), everyone_, tag))});
+  }
+
+ private:
+  std::vector<bool> everyone_;
+  std::unique_ptr<Link> link_;
+};
+
+PLANMOE_REGISTER_COMM("direct", DirectComm);
+
+}  // namespace
+}  // namespace planmoe

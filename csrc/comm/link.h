@@ -1,0 +1,56 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+#include <vector>
+
+namespace planmoe {
+
+struct Message {
+  int64_t peer;  // group rank
+  at::Tensor buffer;
+};
+
+// The part of an exchange that one link carries.
+struct Leg {
+  std::vector<Message> receives;
+  std::vector<Message> sends;
+  std::vector<std::pair<at::Tensor, at::Tensor>> local_copies;  // (from, to) on this rank
+  int tag = 0;
+
+  int64_t bytes_sent() const;
+};
+
+// A leg in flight.
+class Transfer {
+ public:
+  virtual ~Transfer() = default;
+  virtual bool wait_for(int64_t milliseconds) = 0;
+  // When it left and arrived, nanoseconds of the host's monotonic clock; valid once waited for.
+  virtual std::pair<int64_t, int64_t> span_ns() const = 0;
+
+  std::string lane;
+  int64_t bytes_sent = 0;
+};
+
+// A FIFO of legs over one process group: one leg in flight at a time, receives posted before sends.
+// CPU groups: a worker thread carries legs to completion, so that they progress while the caller computes.
+// Accelerators: a side stream ordered after the caller's current stream.
+class Link {
+ public:
+  virtual ~Link() = default;
+  virtual std::shared_ptr<Transfer> post(Leg leg) = 0;
+};
+
+std::unique_ptr<Link> make_link(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane, c10::Device device,
+                                int64_t timeout_ms);
+std::unique_ptr<Link> make_thread_link(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane,
+                                       int64_t timeout_ms);
+std::unique_ptr<Link> make_stream_link(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane,
+                                       c10::Device device);
+
+}  // namespace planmoe

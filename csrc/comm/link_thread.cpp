@@ -1,0 +1,162 @@
+// Legs over a CPU process group (gloo): a gloo work completes only inside wait(), so one thread per link waits.
+#include <ATen/ATen.h>
+
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <thread>
+
+#include "../clock.h"
+#include "link.h"
+
+namespace planmoe {
+namespace {
+
+using Work = c10::intrusive_ptr<c10d::Work>;
+
+class ThreadTransfer final : public Transfer {
+ public:
+  explicit ThreadTransfer(Leg leg) : leg_(std::move(leg)) { bytes_sent = leg_.bytes_sent(); }
+
+  bool wait_for(int64_t milliseconds) override {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!done_.wait_for(lock, std::chrono::milliseconds(milliseconds), [this] { return finished_; })) return false;
+    if (error_) std::rethrow_exception(error_);
+    return true;
+  }
+
+  std::pair<int64_t, int64_t> span_ns() const override { return {started_ns_, finished_ns_}; }
+
+  void finish(std::exception_ptr error) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    error_ = std::move(error);
+    leg_ = Leg();  // the buffers go back to their owners
+    finished_ns_ = host_now_ns();
+    finished_ = true;
+    done_.notify_all();
+  }
+
+  void mark_started() { started_ns_ = host_now_ns(); }
+  const Leg& leg() const { return leg_; }
+
+ private:
+  Leg leg_;
+  std::mutex mutex_;
+  std::condition_variable done_;
+  std::exception_ptr error_;
+  bool finished_ = false;
+  int64_t started_ns_ = 0;
+  int64_t finished_ns_ = 0;
+};
+
+class ThreadLink final : public Link {
+ public:
+  ThreadLink(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane, int64_t timeout_ms)
+      : group_(std::move(group)), lane_(std::move(lane)), timeout_(timeout_ms), thread_([this] { run(); }) {}
+
+  ~ThreadLink() override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stopping_ = true;
+      for (const auto& [peer, work] : in_flight_) abort_quietly(work);
+    }
+    arrived_.notify_all();
+    thread_.join();
+  }
+
+  std::shared_ptr<Transfer> post(Leg leg) override {
+    auto transfer = std::make_shared<ThreadTransfer>(std::move(leg));
+    transfer->lane = lane_;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      queue_.push_back(transfer);
+    }
+    arrived_.notify_one();
+    return transfer;
+  }
+
+ private:
+  static void abort_quietly(const Work& work) {
+    try {
+      work->abort();
+    } catch (const std::exception&) {
+      // a backend that cannot abort: its own timeout ends the wait
+    }
+  }
+
+  void run() {
+    std::exception_ptr broken;
+    while (true) {
+      std::shared_ptr<ThreadTransfer> transfer;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        arrived_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
+        if (stopping_) broken = std::make_exception_ptr(std::runtime_error("planmoe: the exchange was shut down"));
+        if (queue_.empty()) return;
+        transfer = queue_.front();
+        queue_.pop_front();
+      }
+      transfer->mark_started();
+      if (!broken) {
+        try {
+          carry(transfer->leg());
+        } catch (...) {
+          broken = std::current_exception();  // later legs would only wait for the same peer
+        }
+      }
+      transfer->finish(broken);
+    }
+  }
+
+  void carry(const Leg& leg) {
+    for (const auto& message : leg.receives) {
+      std::vector<at::Tensor> buffers{message.buffer};
+      track(message.peer, group_->recv(buffers, static_cast<int>(message.peer), leg.tag));
+    }
+    for (const auto& message : leg.sends) {
+      std::vector<at::Tensor> buffers{message.buffer};
+      track(message.peer, group_->send(buffers, static_cast<int>(message.peer), leg.tag));
+    }
+    for (const auto& [from, to] : leg.local_copies) to.copy_(from);
+    for (const auto& [peer, work] : in_flight_) wait_for_peer(peer, work);
+    std::lock_guard<std::mutex> lock(mutex_);
+    in_flight_.clear();
+  }
+
+  void track(int64_t peer, Work work) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    in_flight_.emplace_back(peer, std::move(work));
+  }
+
+  void wait_for_peer(int64_t peer, const Work& work) {
+    std::string reason = "aborted";
+    try {
+      if (work->wait(timeout_)) return;
+    } catch (const std::exception& error) {
+      reason = error.what();
+    }
+    TORCH_CHECK(false, "planmoe: the exchange on the ", lane_, " link with rank ", peer,
+                " of the expert-parallel group did not finish (this is rank ", group_->getRank(),
+                "): the peer died, left the step, or took longer than the timeout. Reported: ", reason);
+  }
+
+  c10::intrusive_ptr<c10d::ProcessGroup> group_;
+  std::string lane_;
+  std::chrono::milliseconds timeout_;
+  std::mutex mutex_;
+  std::condition_variable arrived_;
+  std::deque<std::shared_ptr<ThreadTransfer>> queue_;
+  std::vector<std::pair<int64_t, Work>> in_flight_;
+  bool stopping_ = false;
+  std::thread thread_;  // last: starts when everything above exists
+};
+
+}  // namespace
+
+std::unique_ptr<Link> make_thread_link(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane,
+                                       int64_t timeout_ms) {
+  return std::make_unique<ThreadLink>(std::move(group), std::move(lane), timeout_ms);
+}
+
+}  // namespace planmoe

@@ -1,0 +1,79 @@
+"""At start, before anything can hang: every rank must have been told the same."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+from planmoe_ds.errors import PlanMoEError, PlanMoEMismatchError
+
+PREFIX = "planmoe/agreement"
+PATIENCE = timedelta(minutes=10)  # how far apart ranks may reach the start
+ENABLED = "planmoe.enabled"
+FAILED = "failed"
+
+
+def check_agreement(settings: dict[str, str]) -> None:
+    """Compare `settings` (key -> value) with every other rank's, through the job's key-value store.
+
+    A key is compared among the ranks that have it. Rank 0 reads all and publishes the verdict, so the cost is linear
+    in the number of ranks. A rank with the key FAILED tells the others why it is about to stop.
+    Raises PlanMoEMismatchError, the same on every rank, naming the keys and who has which value.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == 1:
+        return
+    store = PrefixStore(PREFIX, _get_default_store())
+    call = store.add(f"calls/{rank}", 1)  # several engines in one job: each has a round of its own
+    store.set(f"{call}/{rank}", json.dumps(settings))
+    if rank == 0:
+        store.set(f"{call}/verdict", _judge(store, call, world_size))
+    try:
+        verdict = store.get(f"{call}/verdict").decode() if _await(store, f"{call}/verdict", PATIENCE * 2) else None
+    except RuntimeError as error:
+        raise PlanMoEError(f"rank {rank} lost the job's store while comparing settings: {error}") from error
+    if verdict is None:
+        if settings.get(ENABLED) == "True":
+            raise PlanMoEMismatchError(f"rank 0 did not compare the ranks' settings within {PATIENCE * 2}")
+    elif verdict:
+        raise PlanMoEMismatchError(verdict)
+
+
+def _await(store: Store, key: str, patience: timedelta) -> bool:
+    try:
+        store.wait([key], patience)
+    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError):
+        return bool(store.check([key]))
+    return True
+
+
+def _judge(store: Store, call: int, world_size: int) -> str:
+    """The verdict: empty when all agree."""
+    settings: dict[int, dict[str, str]] = {}
+    for rank in range(world_size):
+        if _await(store, f"{call}/{rank}", PATIENCE if len(settings) == rank else timedelta(seconds=1)):
+            settings[rank] = json.loads(store.get(f"{call}/{rank}"))
+    return judge(settings, world_size)
+
+
+def judge(settings: dict[int, dict[str, str]], world_size: int) -> str:
+    """Compare what ranks reported (rank -> key -> value); returns what is wrong, or an empty string."""
+    failed = {rank: values[FAILED] for rank, values in settings.items() if FAILED in values}
+    if failed:
+        return "; ".join(f"rank {rank} stopped at start: {reason}" for rank, reason in failed.items())
+    missing = [rank for rank in range(world_size) if rank not in settings]
+    if missing and any(values.get(ENABLED) == "True" for values in settings.values()):
+        return f"planmoe is on, but ranks {missing} did not report their settings: is planmoe_ds imported there?"
+    problems = []
+    for key in sorted({key for values in settings.values() for key in values}):
+        holders: dict[str, list[int]] = {}
+        for rank, values in settings.items():
+            if key in values:
+                holders.setdefault(values[key], []).append(rank)
+        if len(holders) > 1:
+            shares = "; ".join(f"{value} on ranks {ranks}" for value, ranks in holders.items())
+            problems.append(f"ranks disagree on {key}: {shares}")
+    return "\n".join(problems)

@@ -1,0 +1,141 @@
+"""The one configuration of planmoe_ds: the "planmoe" section of a DeepSpeed config, validated once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from planmoe_ds import backend
+from planmoe_ds.errors import PlanMoEConfigError
+
+
+class Exactness(str, Enum):
+    """How close results stay to the framework's own dispatch."""
+
+    EXACT = "exact"  # no sum reordered, no codec: bitwise equal with one chunk
+    REORDERED = "reordered"  # same mathematics, other GEMM shapes: rounding-level differences
+    LOSSY = "lossy"  # compressed wire
+
+
+class ChunkBy(str, Enum):
+    """What a layer's rows are divided by to make chunks."""
+
+    TOKEN = "token"  # noqa: S105  a token of text
+    EXPERT = "expert"
+
+
+def _known(kind: str, name: str, names: list[str]) -> str:
+    if name in names:
+        return name
+    nearest = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    raise ValueError(f"unknown {kind} '{name}'; known: {', '.join(names)}{hint}")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class CompressionConfig(_Section):
+    """Codec per direction; each name is one of the registered compressors."""
+
+    dispatch: str = Field("none", description="tokens on their way to the experts")
+    combine: str = Field("none", description="expert outputs on their way back")
+    gradients: str = Field("none", description="both directions of the backward pass")
+
+    @field_validator("dispatch", "combine", "gradients")
+    @classmethod
+    def _known_compressor(cls, name: str) -> str:
+        return _known("compressor", name, backend.compressor_names())
+
+    def is_lossless(self) -> bool:
+        """True when every direction's codec returns its input bit for bit."""
+        return all(backend.make_compressor(name).lossless for name in self.model_dump().values())
+
+
+class PlanMoEConfig(_Section):
+    """Everything planmoe can be told; unknown keys are rejected."""
+
+    enabled: bool = Field(True, description="false leaves the framework's own dispatch in place")
+    comm: str = Field("pipe", description="all-to-all algorithm, one of the registered ones")
+    chunks: int = Field(2, ge=1, le=16, description="pieces a layer's rows are pipelined in")
+    chunk_by: ChunkBy = Field(
+        ChunkBy.TOKEN, strict=False, description="'token' (even pieces) or 'expert' (GEMM sizes stay whole)"
+    )
+    compression: CompressionConfig = Field(
+        default_factory=CompressionConfig,
+        description="wire codec: one name, or one per direction (dispatch, combine, gradients)",
+    )
+    exactness: Exactness | None = Field(
+        None, strict=False, description="'exact', 'reordered' or 'lossy'; by default what the codecs imply"
+    )
+    ranks_per_node: int | None = Field(
+        None, ge=1, description="ranks on one node; by default found from the hosts' names"
+    )
+    timeout_seconds: float | None = Field(
+        None, gt=0, description="bound of every wait for a peer; by default the process group's timeout"
+    )
+
+    @field_validator("comm")
+    @classmethod
+    def _known_comm(cls, name: str) -> str:
+        return _known("all-to-all algorithm", name, backend.comm_names())
+
+    @field_validator("compression", mode="before")
+    @classmethod
+    def _one_name_for_all(cls, value: Any) -> Any:
+        return dict.fromkeys(CompressionConfig.model_fields, value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PlanMoEConfig:
+        if self.exactness in (Exactness.EXACT, Exactness.REORDERED) and not self.compression.is_lossless():
+            raise ValueError(
+                f"exactness '{self.exactness.value}' excludes lossy codecs, compression is "
+                f"{self.compression.model_dump()}; set exactness to 'lossy' or compression to 'none'"
+            )
+        return self
+
+    @property
+    def resolved_exactness(self) -> Exactness:
+        """The exactness in force: the one set, or what the codecs imply."""
+        if self.exactness is not None:
+            return self.exactness
+        return Exactness.REORDERED if self.compression.is_lossless() else Exactness.LOSSY
+
+
+def parse_config(section: object, where: str = '"planmoe"') -> PlanMoEConfig:
+    """Validate a user's section: true, false, None (off) or a mapping.
+
+    Raises PlanMoEConfigError that lists every problem by key, with the value and what is allowed.
+    """
+    if section is None or isinstance(section, bool):
+        return PlanMoEConfig(enabled=bool(section))
+    if not isinstance(section, Mapping):
+        raise PlanMoEConfigError(
+            f"{where} must be true, false or a section of settings, got {section!r} ({type(section).__name__})"
+        )
+    try:
+        return PlanMoEConfig.model_validate(dict(section))
+    except ValidationError as error:
+        problems = "; ".join(_describe(where, problem) for problem in error.errors())
+        raise PlanMoEConfigError(problems) from None
+
+
+def _describe(where: str, problem: Mapping[str, Any]) -> str:
+    """One pydantic error as a sentence: key, value, what is allowed."""
+    location = [str(part) for part in problem["loc"]]
+    path = ".".join([where, *location])
+    if problem["type"] == "extra_forbidden":
+        model = CompressionConfig if location[:-1] == ["compression"] else PlanMoEConfig
+        names = list(model.model_fields)
+        nearest = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.4)
+        hint = f"did you mean '{nearest[0]}'? " if nearest else ""
+        return f"{path}: unknown key; {hint}known keys: {', '.join(names)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if location:
+        return f"{path} = {problem['input']!r}: {message}"
+    return f"{where}: {message}"

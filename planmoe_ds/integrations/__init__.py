@@ -1,0 +1,1 @@
+"""Adapters to the frameworks: they translate, they do not compute."""

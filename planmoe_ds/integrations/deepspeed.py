@@ -1,0 +1,241 @@
+"""DeepSpeed: `"planmoe"` in the config makes every deepspeed.moe.layer.MoE go through planmoe.
+
+What is patched: DeepSpeedEngine._configure_distributed_model, wrapped once. After DeepSpeed has made its
+expert-parallel groups, and before it builds the optimizer, the class of every MOELayer instance becomes PlanMoELayer,
+a subclass that overrides forward. Parameter names, tags, checkpoints, isinstance checks and the router stay DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.sharded_moe import MOELayer
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import (
+    bwc_tensor_model_parallel_group,
+    bwc_tensor_model_parallel_rank,
+    bwc_tensor_model_parallel_world_size,
+)
+from torch import nn
+
+from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
+from planmoe_ds.backend import make_compressor
+from planmoe_ds.config import PlanMoEConfig, parse_config
+from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.experts import LocalExperts
+from planmoe_ds.group import ExpertGroup, connect
+from planmoe_ds.layer import ExpertParallelLayer, combine
+from planmoe_ds.pipeline import Codecs
+from planmoe_ds.plan import Routes
+from planmoe_ds.recorder import Recorder
+from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows
+
+SECTION = "planmoe"
+SHARED_SETTINGS = (  # of DeepSpeed's own: ranks that disagree on them hang without a word
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "zero_optimization.stage",
+    "bf16.enabled",
+    "fp16.enabled",
+)
+
+
+@dataclass(frozen=True)
+class Session:
+    """planmoe on one model: `engine.planmoe`."""
+
+    config: PlanMoEConfig
+    num_layers: int
+    recorder: Recorder
+
+
+class PlanMoELayer(MOELayer):  # type: ignore[misc]
+    """A MOELayer whose tokens travel through planmoe; instances are made by activate()."""
+
+    planmoe: ExpertParallelLayer
+    tensor_parallel: TensorParallelSplit | None
+
+    @torch.compiler.disable
+    def forward(self, hidden_states: torch.Tensor, used_token: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [..., H] and the used-token mask or None -> output [..., H]; sets l_aux and exp_counts."""
+        if self.wall_clock_breakdown:
+            self.timers("moe").start()
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routes = self._route(tokens, used_token)
+        experts = LocalExperts(self.experts.deepspeed_experts, self.experts)
+        split = self.tensor_parallel
+        if split is None:
+            output = self.planmoe.forward(tokens, routes, experts)
+        else:
+            orders = [self.planmoe.order(part, len(experts.modules)) for part in split.parts(routes)]
+            rows = self.planmoe.expert_rows(tokens, orders[split.rank], split.own_part(routes), experts)
+            output = combine(gather_rows(rows, orders, split), split.row_of_route(orders), routes.weight_KT)
+        self._count_stock_bytes(tokens, routes)
+        if self.wall_clock_breakdown:
+            self.timers("moe").stop()
+            self.time_moe = self.timers("moe").elapsed(reset=False)
+        return output.reshape(hidden_states.shape)
+
+    def _route(self, tokens: torch.Tensor, used_token: torch.Tensor | None) -> Routes:
+        decision = self.gate(tokens, used_token, True, False)
+        self.l_aux, capacity, num_experts, expert, slot, weight, self.exp_counts = decision
+        return Routes(expert, slot, weight, num_experts, int(capacity))
+
+    def _count_stock_bytes(self, tokens: torch.Tensor, routes: Routes) -> None:
+        """Two padded all-to-alls forward, and two backward if there is one."""
+        passes = 4 if torch.is_grad_enabled() else 2
+        parts = 1 if self.tensor_parallel is None else self.tensor_parallel.size
+        rows = routes.capacity // parts * routes.num_experts
+        padded = rows * tokens.shape[1] * tokens.element_size()
+        self.planmoe.recorder.add_stock_bytes(passes * padded * (self.ep_size - 1) // self.ep_size)
+
+
+def install(engine_module: ModuleType) -> None:
+    """Wrap DeepSpeedEngine._configure_distributed_model; calling it again changes nothing."""
+    engine_class = engine_module.DeepSpeedEngine
+    original = getattr(engine_class, "_configure_distributed_model", None)
+    if original is None:
+        raise ImportError(
+            "deepspeed.runtime.engine.DeepSpeedEngine has no _configure_distributed_model: planmoe_ds is tested with "
+            f"deepspeed 0.19.8, this is {deepspeed.__version__}"
+        )
+    if hasattr(original, "planmoe_wraps"):
+        return
+
+    @functools.wraps(original)
+    def configure(engine: Any, model: nn.Module) -> None:
+        original(engine, model)
+        session = _configure(engine)
+        if session is not None:
+            engine.planmoe = session
+
+    configure.planmoe_wraps = original  # type: ignore[attr-defined]
+    engine_class._configure_distributed_model = configure
+
+
+def activate(model: nn.Module, section: object = True, device: torch.device | None = None) -> Session | None:
+    """Send every deepspeed.moe.layer.MoE of `model` through planmoe; every rank must call this at the same time.
+
+    Only for models used without `deepspeed.initialize`, which does this itself. Process groups must exist
+    (set_deepspeed_parallelism was called on each MoE). section: what a DeepSpeed config's "planmoe" may hold.
+    Returns None when the section says off.
+    """
+    config = parse_config(section)
+    layers = _moe_layers(model)
+    check_agreement(_settings(config, {}, layers))
+    if device is None:
+        device = next(model.parameters()).device
+    return _activate_layers(layers, config, device) if config.enabled else None
+
+
+def _configure(engine: Any) -> Session | None:
+    layers = _moe_layers(engine.module)
+    drop_ins = [module for module in engine.module.modules() if hasattr(module, "planmoe_drop_in")]
+    param_dict = engine._config._param_dict
+    section = param_dict.get(SECTION, True if drop_ins else None)
+    try:
+        config = parse_config(section)
+    except PlanMoEConfigError as error:
+        check_then_raise = {FAILED: str(error)}
+        _report_failure(check_then_raise)
+        raise
+    check_agreement(_settings(config, param_dict, layers))
+    for module in drop_ins:
+        module.planmoe_drop_in = config.enabled
+    if not config.enabled:
+        return None
+    return _activate_layers(layers, config, torch.device(engine.device))
+
+
+def _report_failure(settings: dict[str, str]) -> None:
+    """Let the other ranks know before this one raises; the caller's error is the better one."""
+    try:
+        check_agreement(settings)
+    except RuntimeError:
+        return
+
+
+def _moe_layers(model: nn.Module) -> list[MOELayer]:
+    return [module for module in model.modules() if isinstance(module, MOELayer)]
+
+
+def _settings(config: PlanMoEConfig, param_dict: Mapping[str, Any], layers: list[MOELayer]) -> dict[str, str]:
+    """What every rank must have in common, by the name a user knows it by."""
+    settings = {ENABLED: str(config.enabled)}
+    if not config.enabled:
+        return settings
+    settings |= {f"{SECTION}.{key}": str(value) for key, value in config.model_dump(mode="json").items()}
+    settings[ENABLED] = str(config.enabled)
+    for path in SHARED_SETTINGS:
+        value: Any = param_dict
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        settings[path] = str(value)
+    for number, layer in enumerate(layers):
+        ranks = _expert_ranks(layer)
+        gate = layer.gate
+        settings[f"MoE layer {number} of expert-parallel ranks {ranks}"] = (
+            f"{layer.num_local_experts} local experts, hidden size {gate.wg.weight.shape[1]}, top-{gate.k}, "
+            f"drop_tokens {gate.drop_tokens}"
+        )
+    return settings
+
+
+def _expert_ranks(layer: MOELayer) -> list[int]:
+    if layer.ep_group is None:
+        raise PlanMoEConfigError(
+            "a MoE layer has no expert-parallel group yet: call set_deepspeed_parallelism() on every MoE, or let "
+            "deepspeed.initialize do it"
+        )
+    return list(dist.get_process_group_ranks(layer.ep_group))
+
+
+def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torch.device) -> Session:
+    my_groups = {layer.ep_group_name: _expert_ranks(layer) for layer in layers}
+    tensor_parallel_size = bwc_tensor_model_parallel_world_size(groups.mpu)
+    if tensor_parallel_size > 1:
+        my_groups["tensor parallel"] = list(dist.get_process_group_ranks(bwc_tensor_model_parallel_group(groups.mpu)))
+    connected = connect(my_groups, config, device)
+    recorder = Recorder(device)
+    codecs = Codecs(**{key: make_compressor(name) for key, name in config.compression.model_dump().items()})
+    for index, layer in enumerate(layers):
+        layer.__class__ = PlanMoELayer
+        layer.planmoe = ExpertParallelLayer(
+            index=index, config=config, group=connected[layer.ep_group_name], codecs=codecs, recorder=recorder
+        )
+        layer.tensor_parallel = _split(connected, tensor_parallel_size)
+    if dist.get_rank() == 0:
+        print(_announcement(layers, config), file=sys.stderr, flush=True)
+    return Session(config, len(layers), recorder)
+
+
+def _split(connected: dict[str, ExpertGroup], size: int) -> TensorParallelSplit | None:
+    """How tensor-parallel ranks, which hold the same tokens, divide them; None where nothing is divided.
+
+    Tensor-parallel experts need every token on every one of their ranks, so there each rank sends all of its own.
+    """
+    if size == 1 or groups._get_expert_model_parallel_world_size() > 1:
+        return None
+    return TensorParallelSplit(bwc_tensor_model_parallel_rank(groups.mpu), size, connected["tensor parallel"])
+
+
+def _announcement(layers: list[MOELayer], config: PlanMoEConfig) -> str:
+    if not layers:
+        return "planmoe: on, but the model has no deepspeed.moe.layer.MoE: nothing to do"
+    codecs = config.compression.model_dump()
+    names = ", ".join(f"{key} {name}" for key, name in codecs.items())
+    sizes = sorted({layer.ep_size for layer in layers})
+    return (
+        f"planmoe: active on {len(layers)} MoE layers: all-to-all {config.comm}, {config.chunks} chunks by "
+        f"{config.chunk_by.value}, {config.resolved_exactness.value}, compression ({names}), expert-parallel size "
+        f"{', '.join(map(str, sizes))}"
+    )

@@ -1,0 +1,125 @@
+"""What a rank's MoE layers sent, waited for and computed: totals per step and, on request, every span."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from planmoe_ds.backend import Clock, Exchange, Stamp
+from planmoe_ds.trace import Lane, Phase, Span
+
+MAX_PENDING = 1 << 16  # events kept when nobody asks for them
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Totals on this rank since the last take(): bytes, and seconds of the pass through the MoE layers.
+
+    bytes_sent: to other ranks; stock_bytes: what the framework's padded all-to-alls would have sent;
+    exposed_seconds: the compute lane waited for an exchange; communication_seconds: exchanges were in flight
+    (summed over exchanges and links); expert_seconds: experts computed.
+    """
+
+    bytes_sent: int = 0
+    stock_bytes: int = 0
+    exposed_seconds: float = 0.0
+    communication_seconds: float = 0.0
+    expert_seconds: float = 0.0
+    num_exchanges: int = 0
+
+
+@dataclass(frozen=True)
+class Label:
+    """Where an event belongs."""
+
+    name: str
+    layer: int
+    chunk: int
+    phase: Phase
+
+
+class Recorder:
+    """Collects events of one rank; thread-safe, because backward runs on autograd's thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._clock = Clock(device)
+        self._lock = threading.Lock()
+        self._spans: deque[tuple[Label, Lane, Stamp, Stamp]] = deque(maxlen=MAX_PENDING)
+        self._exchanges: deque[tuple[Label, Exchange]] = deque(maxlen=MAX_PENDING)
+        self._bytes_sent = 0
+        self._stock_bytes = 0
+        self._num_exchanges = 0
+        self._trace: list[Span] | None = None
+
+    @contextmanager
+    def span(self, lane: Lane, label: Label) -> Iterator[None]:
+        """Record the enclosed work on `lane` ("compute" or "wait")."""
+        start = self._clock.stamp()
+        yield
+        self._spans.append((label, lane, start, self._clock.stamp()))
+
+    def wait(self, exchange: Exchange, label: Label) -> None:
+        """Wait for `exchange`, recording how long that took and when it ran."""
+        with self.span("wait", label):
+            exchange.wait()
+        with self._lock:
+            self._exchanges.append((label, exchange))
+            self._bytes_sent += exchange.bytes_sent
+            self._num_exchanges += 1
+
+    def add_stock_bytes(self, count: int) -> None:
+        """Add what the framework's own all-to-all would have sent."""
+        with self._lock:
+            self._stock_bytes += count
+
+    def take(self) -> StepStats:
+        """Totals since the last call, then start from zero; on an accelerator this waits for the recorded work."""
+        spans = self._drain()
+        seconds = dict.fromkeys(("wait", "compute", "exchange"), 0.0)
+        for span in spans:
+            lane = span.lane if span.lane in ("wait", "compute") else "exchange"
+            seconds[lane] += (span.end_ns - span.start_ns) * 1e-9
+        with self._lock:
+            stats = StepStats(
+                bytes_sent=self._bytes_sent,
+                stock_bytes=self._stock_bytes,
+                exposed_seconds=seconds["wait"],
+                communication_seconds=seconds["exchange"],
+                expert_seconds=seconds["compute"],
+                num_exchanges=self._num_exchanges,
+            )
+            self._bytes_sent = self._stock_bytes = self._num_exchanges = 0
+        return stats
+
+    def start_trace(self) -> None:
+        """Keep every span from now on, until stop_trace()."""
+        self._drain()
+        self._trace = []
+
+    def stop_trace(self) -> list[Span]:
+        """The spans since start_trace(), in order of their start; empty when no trace was started."""
+        self._drain()
+        trace, self._trace = self._trace, None
+        return sorted(trace if trace is not None else [], key=lambda span: span.start_ns)
+
+    def _drain(self) -> list[Span]:
+        """Read out the pending events; a running trace keeps a copy."""
+        with self._lock:
+            pending, exchanges = list(self._spans), list(self._exchanges)
+            self._spans.clear()
+            self._exchanges.clear()
+        spans = [_span(label, lane, start.ns(), end.ns()) for label, lane, start, end in pending]
+        for label, exchange in exchanges:
+            spans += [_span(label, lane, start, end) for lane, start, end in exchange.spans()]
+        if self._trace is not None:
+            self._trace += spans
+        return spans
+
+
+def _span(label: Label, lane: Lane, start_ns: int, end_ns: int) -> Span:
+    return Span(label.name, lane, label.layer, label.chunk, label.phase, start_ns, end_ns)
