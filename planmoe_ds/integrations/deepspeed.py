@@ -2,7 +2,8 @@
 
 What is patched: DeepSpeedEngine._configure_distributed_model, wrapped once. After DeepSpeed has made its
 expert-parallel groups, and before it builds the optimizer, the class of every MOELayer instance becomes PlanMoELayer,
-a subclass that overrides forward. Parameter names, tags, checkpoints, isinstance checks and the router stay DeepSpeed's.
+a subclass that overrides forward. Names of parameters, tags, checkpoints, isinstance checks and the router stay as they
+were.
 """
 
 from __future__ import annotations

@@ -1,0 +1,56 @@
+"""Fixtures and markers shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness.ranks import RankPool
+
+_MARKERS = {
+    "distributed": "runs on several rank processes",
+    "gpu": "needs a CUDA device; skipped without one",
+    "slow": "takes more than about ten seconds",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers."""
+    for name, meaning in _MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the gpu tests, saying why, where there is no CUDA device."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not gpu_items:
+        return
+    reason = _why_no_gpu()
+    if reason:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return f"needs a CUDA device; torch {torch.__version__} is a CPU build"
+    return "" if torch.cuda.is_available() else "needs a CUDA device; torch.cuda.is_available() is False"
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Rank processes over gloo on the CPU, shared by the whole session; see `tests/harness/ranks.py`."""
+    pool = RankPool("gloo")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def gpu_ranks() -> Iterator[RankPool]:
+    """Rank processes over NCCL that see the machine's CUDA devices; for tests marked gpu."""
+    pool = RankPool("nccl")
+    yield pool
+    pool.close()

@@ -1,0 +1,160 @@
+"""Outputs and all gradients of the engine, in every mode, against the dense fp64 oracle, over generated routings."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from planmoe_ds.backend import make_compressor
+from planmoe_ds.config import PlanMoEConfig, parse_config
+from planmoe_ds.experts import LocalExperts
+from planmoe_ds.group import connect
+from planmoe_ds.layer import ExpertParallelLayer
+from planmoe_ds.pipeline import Codecs
+from planmoe_ds.plan import Routes
+from planmoe_ds.recorder import Recorder
+from tests.engine.oracle import Gradients, dense, probe
+from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+HIDDEN = 24
+ROUNDING = 2e-6  # fp32 against fp64
+MODES = {
+    "exact": {"exactness": "exact", "chunks": 1, "comm": "direct"},
+    "exact, 3 chunks": {"exactness": "exact", "chunks": 3},
+    "one chunk": {"chunks": 1},
+    "2 chunks": {"chunks": 2, "comm": "direct"},
+    "16 chunks": {"chunks": 16},
+    "by expert": {"chunks": 2, "chunk_by": "expert"},
+    "two nodes": {"chunks": 2, "ranks_per_node": 2},
+    "int8": {"compression": "int8"},
+    "int8 gradients": {"compression": {"gradients": "int8"}},
+}
+
+
+def make_experts(num_experts: int) -> list[nn.Module]:
+    torch.manual_seed(3)
+    return [
+        nn.Sequential(nn.Linear(HIDDEN, 2 * HIDDEN), nn.GELU(), nn.Linear(2 * HIDDEN, HIDDEN))
+        for _ in range(num_experts)
+    ]
+
+
+def make_routing(seed: int, num_experts: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """tokens, experts [K, T] and weights [K, T] of every rank: skewed, empty, dropped, one expert for all."""
+    draw = random.Random(seed)
+    kind = draw.choice(["uniform", "skewed", "one expert", "dropping", "an empty rank", "nothing kept"])
+    num_routes = draw.choice([1, 2, 3, min(6, num_experts)])
+    generator = torch.Generator().manual_seed(seed)
+    size = dist.get_world_size()
+    tokens, experts, weights = [], [], []
+    for rank in range(size):
+        num_tokens = 0 if kind == "an empty rank" and rank == seed % size else draw.choice([1, 5, 33])
+        scores = torch.rand(num_tokens, num_experts, generator=generator)
+        if kind == "skewed":
+            scores[:, 0] += 0.9
+        expert = scores.topk(num_routes, dim=1).indices.t().contiguous().to(torch.int32)
+        if kind == "one expert":
+            expert[0] = num_experts - 1
+            expert[1:] = -1
+        elif kind == "dropping":
+            expert[torch.rand(expert.shape, generator=generator) < 0.4] = -1
+        elif kind == "nothing kept":
+            expert[:] = -1
+        tokens.append(torch.randn(num_tokens, HIDDEN, generator=generator))
+        experts.append(expert)
+        weights.append(torch.rand(expert.shape, generator=generator))
+    return tokens, experts, weights
+
+
+def slots_of(expert_KT: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """First come, first served places in every expert's capacity."""
+    used = [0] * num_experts
+    slots = torch.zeros_like(expert_KT)
+    for place, expert in enumerate(expert_KT.flatten().tolist()):
+        if expert >= 0:
+            slots.view(-1)[place] = used[expert]
+            used[expert] += 1
+    return slots
+
+
+class Rank:
+    """One rank's half of the comparison: two layers with the same experts, one after the other."""
+
+    def __init__(self, mode: PlanMoEConfig, num_experts: int) -> None:
+        ranks = list(range(dist.get_world_size()))
+        group = connect({"experts": ranks}, mode, torch.device("cpu"))["experts"]
+        codecs = Codecs(**{key: make_compressor(name) for key, name in mode.compression.model_dump().items()})
+        self.recorder = Recorder(torch.device("cpu"))
+        self.layers = [
+            ExpertParallelLayer(index=index, config=mode, group=group, codecs=codecs, recorder=self.recorder)
+            for index in range(2)
+        ]
+        self.per_rank = num_experts // group.size
+
+    def run(self, experts: list[nn.Module], seed: int, layer: int) -> Gradients:
+        rank = dist.get_rank()
+        tokens, expert_KT, weight_KT = (values[rank] for values in make_routing(seed, len(experts)))
+        slots = slots_of(expert_KT, len(experts))
+        local = experts[rank * self.per_rank : (rank + 1) * self.per_rank]
+        leaf, weight = tokens.clone().requires_grad_(), weight_KT.clone().requires_grad_()
+        capacity = int(slots.max()) + 1 if slots.numel() else 1
+        routes = Routes(expert_KT, slots, weight, len(experts), capacity)
+        output = self.layers[layer].forward(leaf, routes, LocalExperts(local, padded_runner(local)))
+        for expert in local:
+            expert.zero_grad()
+        loss = (output * probe(output.shape).float()).sum()
+        loss.backward(retain_graph=True)
+        first = leaf.grad.clone()
+        loss.backward()  # twice: gradients add up
+        assert torch.allclose(leaf.grad, 2 * first, rtol=1e-6, atol=0)
+        grads = [[parameter.grad / 2 for parameter in expert.parameters()] for expert in local]
+        return Gradients(output.detach(), leaf.grad / 2, weight.grad / 2, grads)
+
+
+def padded_runner(modules: list[nn.Module]):
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        pieces = inputs.chunk(len(modules), dim=1)
+        return torch.cat([module(piece) for module, piece in zip(modules, pieces, strict=True)], dim=1)
+
+    return run
+
+
+def compare(mode_names: list[str], num_cases: int, num_experts: int) -> dict[tuple[str, str], float]:
+    """Relative error per mode and kind of tensor, ||got - expected|| / ||expected|| over all cases."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    first, last = (place * num_experts // size for place in (rank, rank + 1))
+    result = {}
+    for name in mode_names:
+        engine, experts = Rank(parse_config(MODES[name]), num_experts), make_experts(num_experts)
+        squares: dict[str, list[float]] = {}
+        for seed in range(num_cases):
+            expected = dense(experts, *make_routing(seed, num_experts))[rank]
+            got = engine.run(experts, seed, seed % 2)
+            pairs = [(kind, getattr(got, kind), getattr(expected, kind)) for kind in ("output", "tokens", "weights")]
+            for mine, theirs in zip(got.experts, expected.experts[first:last], strict=True):
+                pairs += [("experts", *pair) for pair in zip(mine, theirs, strict=True)]
+            for kind, mine, theirs in pairs:
+                assert mine.shape == theirs.shape
+                total = squares.setdefault(kind, [0.0, 0.0])
+                total[0] += float((mine.double() - theirs).square().sum())
+                total[1] += float(theirs.square().sum())
+        result |= {(name, kind): (error / size) ** 0.5 for kind, (error, size) in squares.items()}
+    return result
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_mode_against_the_oracle(ranks: RankPool, world_size: int) -> None:
+    for worst in ranks.run(world_size, compare, list(MODES), 16, 8, timeout=180):
+        for (name, kind), error in worst.items():
+            assert error < (0.03 if "int8" in name else ROUNDING), (name, kind, error)
+
+
+def test_more_ranks_than_local_experts_can_fill(ranks: RankPool) -> None:
+    for worst in ranks.run(4, compare, ["16 chunks", "by expert"], 8, 4):
+        assert max(worst.values()) < ROUNDING

@@ -1,0 +1,105 @@
+"""A persistent pool of rank processes: `RankPool.run` calls a function on every rank of a process group.
+
+In a test, through the session fixture `ranks`:
+
+    def sum_of_ranks(offset: int) -> int:            # top level: the ranks import it by name
+        value = torch.tensor(dist.get_rank() + offset)
+        dist.all_reduce(value)
+        return int(value)
+
+    def test_sum(ranks):
+        assert ranks.run(4, sum_of_ranks, 10) == [46] * 4
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.harness.calls import Arguments, Environment, make_calls, per_rank_environments
+from tests.harness.conversation import RankError, RankTimeout, converse, describe
+from tests.harness.process import RankProcess
+from tests.harness.wire import Call, RankOutcome
+
+__all__ = ["MAX_RANKS", "RankError", "RankOutcome", "RankPool", "RankTimeout"]
+
+MAX_RANKS = 8
+
+
+class RankPool:
+    """Up to eight rank processes, started when first needed and kept, with torch and DeepSpeed imported."""
+
+    def __init__(self, backend: str = "gloo") -> None:
+        self._backend = backend
+        self._processes: list[RankProcess] = []
+        self._num_paths = 0
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+
+    def run(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float = 60.0,
+        env: Environment = None,
+        per_rank_args: Sequence[Sequence[Any]] | None = None,
+        expect_failure: bool = False,
+        fresh: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Call `function(*args, *per_rank_args[rank], **kwargs)` on every rank; return one result per rank.
+
+        `env` is one mapping for all ranks or one per rank. `timeout` (seconds) does not count imports.
+        `expect_failure` returns one `RankOutcome` per rank, failed or not, instead of results. `fresh` uses
+        new processes for this call alone, started with `env` and without DeepSpeed imported.
+        Raises `RankError`, `RankTimeout`, and `ValueError` for arguments that do not fit `world_size`.
+        """
+        if not 1 <= world_size <= MAX_RANKS:
+            raise ValueError(f"world_size is {world_size}, expected 1 to {MAX_RANKS}")
+        environments = per_rank_environments(env, world_size)
+        arguments = Arguments(args, kwargs, per_rank_args)
+        calls = make_calls(function, arguments, environments, self._new_path("store"))
+        processes = self._start(environments, preload=False) if fresh else self._reuse(world_size)
+        outcomes = _converse_or_kill(processes, calls, timeout, expect_failure)
+        try:
+            if not expect_failure and any(outcome.failed for outcome in outcomes):
+                raise RankError(describe(function.__qualname__, outcomes, processes), outcomes)
+        finally:
+            if fresh:
+                _kill(processes)
+        return outcomes if expect_failure else [outcome.result for outcome in outcomes]
+
+    def close(self) -> None:
+        """End every process and delete the pool's files."""
+        _kill(self._processes)
+        self._folder.cleanup()
+
+    def _reuse(self, world_size: int) -> list[RankProcess]:
+        self._processes = [process for process in self._processes if process.is_alive]
+        missing = world_size - len(self._processes)
+        self._processes += self._start([{}] * missing, preload=True)
+        return self._processes[:world_size]
+
+    def _start(self, environments: Sequence[Mapping[str, str]], preload: bool) -> list[RankProcess]:
+        return [RankProcess(self._new_path("rank"), self._backend, env, preload) for env in environments]
+
+    def _new_path(self, kind: str) -> Path:
+        self._num_paths += 1
+        return Path(self._folder.name) / f"{kind}{self._num_paths}"
+
+
+def _converse_or_kill(
+    processes: Sequence[RankProcess], calls: Sequence[Call], timeout: float, patient: bool
+) -> list[RankOutcome]:
+    try:
+        return converse(processes, calls, timeout, patient)
+    except BaseException:
+        _kill(processes)
+        raise
+
+
+def _kill(processes: Sequence[RankProcess]) -> None:
+    for process in processes:
+        process.kill()
