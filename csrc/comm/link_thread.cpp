@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 
 #include <condition_variable>
+#include <cstring>
 #include <deque>
 #include <exception>
 #include <mutex>
@@ -118,7 +119,8 @@ class ThreadLink final : public Link {
       std::vector<at::Tensor> buffers{message.buffer};
       track(message.peer, group_->send(buffers, static_cast<int>(message.peer), leg.tag));
     }
-    for (const auto& [from, to] : leg.local_copies) to.copy_(from);
+    for (const auto& [from, to] : leg.local_copies)  // not copy_(): this thread must not start a pool of its own
+      std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
     for (const auto& [peer, work] : in_flight_) wait_for_peer(peer, work);
     std::lock_guard<std::mutex> lock(mutex_);
     in_flight_.clear();

@@ -1,4 +1,4 @@
-"""Every registered compressor keeps the contract of csrc/compressor/abstract.h. A new codec adds one row to MAX_ERROR."""
+"""Every registered compressor keeps its contract; a new codec adds one row to MAX_ERROR."""
 
 from __future__ import annotations
 

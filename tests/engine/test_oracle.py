@@ -9,15 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from planmoe_ds.backend import make_compressor
-from planmoe_ds.config import PlanMoEConfig, parse_config
-from planmoe_ds.experts import LocalExperts
-from planmoe_ds.group import connect
 from planmoe_ds.layer import ExpertParallelLayer
-from planmoe_ds.pipeline import Codecs
-from planmoe_ds.plan import Routes
-from planmoe_ds.recorder import Recorder
 from tests.engine.oracle import Gradients, dense, probe
+from tests.engine.support import make_layer, routes_of, run_layer
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -72,57 +66,22 @@ def make_routing(seed: int, num_experts: int) -> tuple[list[torch.Tensor], list[
     return tokens, experts, weights
 
 
-def slots_of(expert_KT: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """First come, first served places in every expert's capacity."""
-    used = [0] * num_experts
-    slots = torch.zeros_like(expert_KT)
-    for place, expert in enumerate(expert_KT.flatten().tolist()):
-        if expert >= 0:
-            slots.view(-1)[place] = used[expert]
-            used[expert] += 1
-    return slots
-
-
-class Rank:
-    """One rank's half of the comparison: two layers with the same experts, one after the other."""
-
-    def __init__(self, mode: PlanMoEConfig, num_experts: int) -> None:
-        ranks = list(range(dist.get_world_size()))
-        group = connect({"experts": ranks}, mode, torch.device("cpu"))["experts"]
-        codecs = Codecs(**{key: make_compressor(name) for key, name in mode.compression.model_dump().items()})
-        self.recorder = Recorder(torch.device("cpu"))
-        self.layers = [
-            ExpertParallelLayer(index=index, config=mode, group=group, codecs=codecs, recorder=self.recorder)
-            for index in range(2)
-        ]
-        self.per_rank = num_experts // group.size
-
-    def run(self, experts: list[nn.Module], seed: int, layer: int) -> Gradients:
-        rank = dist.get_rank()
-        tokens, expert_KT, weight_KT = (values[rank] for values in make_routing(seed, len(experts)))
-        slots = slots_of(expert_KT, len(experts))
-        local = experts[rank * self.per_rank : (rank + 1) * self.per_rank]
-        leaf, weight = tokens.clone().requires_grad_(), weight_KT.clone().requires_grad_()
-        capacity = int(slots.max()) + 1 if slots.numel() else 1
-        routes = Routes(expert_KT, slots, weight, len(experts), capacity)
-        output = self.layers[layer].forward(leaf, routes, LocalExperts(local, padded_runner(local)))
-        for expert in local:
-            expert.zero_grad()
-        loss = (output * probe(output.shape).float()).sum()
-        loss.backward(retain_graph=True)
-        first = leaf.grad.clone()
-        loss.backward()  # twice: gradients add up
-        assert torch.allclose(leaf.grad, 2 * first, rtol=1e-6, atol=0)
-        grads = [[parameter.grad / 2 for parameter in expert.parameters()] for expert in local]
-        return Gradients(output.detach(), leaf.grad / 2, weight.grad / 2, grads)
-
-
-def padded_runner(modules: list[nn.Module]):
-    def run(inputs: torch.Tensor) -> torch.Tensor:
-        pieces = inputs.chunk(len(modules), dim=1)
-        return torch.cat([module(piece) for module, piece in zip(modules, pieces, strict=True)], dim=1)
-
-    return run
+def run_engine(layer: ExpertParallelLayer, experts: list[nn.Module], seed: int) -> Gradients:
+    """One rank's output and gradients; backward runs twice, so that repeated backward is covered everywhere."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    tokens, expert_KT, weight_KT = (values[rank] for values in make_routing(seed, len(experts)))
+    local = experts[rank * len(experts) // size : (rank + 1) * len(experts) // size]
+    leaf, weight = tokens.clone().requires_grad_(), weight_KT.clone().requires_grad_()
+    output = run_layer(layer, leaf, routes_of(expert_KT, len(experts), weight), local)
+    for expert in local:
+        expert.zero_grad()
+    loss = (output * probe(output.shape).float()).sum()
+    loss.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    loss.backward()
+    assert torch.allclose(leaf.grad, 2 * first, rtol=1e-6, atol=0)
+    grads = [[parameter.grad / 2 for parameter in expert.parameters()] for expert in local]
+    return Gradients(output.detach(), leaf.grad / 2, weight.grad / 2, grads)
 
 
 def compare(mode_names: list[str], num_cases: int, num_experts: int) -> dict[tuple[str, str], float]:
@@ -131,11 +90,11 @@ def compare(mode_names: list[str], num_cases: int, num_experts: int) -> dict[tup
     first, last = (place * num_experts // size for place in (rank, rank + 1))
     result = {}
     for name in mode_names:
-        engine, experts = Rank(parse_config(MODES[name]), num_experts), make_experts(num_experts)
+        layers, experts = [make_layer(MODES[name], index) for index in range(2)], make_experts(num_experts)
         squares: dict[str, list[float]] = {}
         for seed in range(num_cases):
             expected = dense(experts, *make_routing(seed, num_experts))[rank]
-            got = engine.run(experts, seed, seed % 2)
+            got = run_engine(layers[seed % 2], experts, seed)
             pairs = [(kind, getattr(got, kind), getattr(expected, kind)) for kind in ("output", "tokens", "weights")]
             for mine, theirs in zip(got.experts, expected.experts[first:last], strict=True):
                 pairs += [("experts", *pair) for pair in zip(mine, theirs, strict=True)]

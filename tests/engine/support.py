@@ -1,0 +1,63 @@
+"""Small engine layers without a framework, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from planmoe_ds.backend import make_compressor
+from planmoe_ds.config import parse_config
+from planmoe_ds.experts import LocalExperts
+from planmoe_ds.group import connect
+from planmoe_ds.layer import ExpertParallelLayer
+from planmoe_ds.pipeline import Codecs
+from planmoe_ds.plan import Routes
+from planmoe_ds.recorder import Recorder
+
+
+def make_layer(settings: dict[str, object], index: int = 0) -> ExpertParallelLayer:
+    """A layer over all ranks of the world; collective."""
+    config = parse_config(settings)
+    cpu = torch.device("cpu")
+    group = connect({"experts": list(range(dist.get_world_size()))}, config, cpu)["experts"]
+    codecs = Codecs(**{key: make_compressor(name) for key, name in config.compression.model_dump().items()})
+    return ExpertParallelLayer(index=index, config=config, group=group, codecs=codecs, recorder=Recorder(cpu))
+
+
+def slots_of(expert_KT: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """First come, first served places in every expert's capacity; zero for dropped routes."""
+    used = [0] * num_experts
+    slots = torch.zeros_like(expert_KT)
+    for place, expert in enumerate(expert_KT.flatten().tolist()):
+        if expert >= 0:
+            slots.view(-1)[place] = used[expert]
+            used[expert] += 1
+    return slots
+
+
+def routes_of(expert_KT: torch.Tensor, num_experts: int, weight_KT: torch.Tensor | None = None) -> Routes:
+    """Routes with weights 1 unless given and the smallest capacity that fits."""
+    slots = slots_of(expert_KT, num_experts)
+    capacity = int(slots.max()) + 1 if slots.numel() else 1
+    weights = torch.ones(expert_KT.shape) if weight_KT is None else weight_KT
+    return Routes(expert_KT, slots, weights, num_experts, capacity)
+
+
+def padded_runner(modules: Sequence[nn.Module]):  # type: ignore[no-untyped-def]
+    """The framework's runner: [P, L, C, H] cut along L."""
+
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        pieces = inputs.chunk(len(modules), dim=1)
+        return torch.cat([module(piece) for module, piece in zip(modules, pieces, strict=True)], dim=1)
+
+    return run
+
+
+def run_layer(
+    layer: ExpertParallelLayer, tokens: torch.Tensor, routes: Routes, experts: Sequence[nn.Module]
+) -> torch.Tensor:
+    """One forward of the layer with these local experts."""
+    return layer.forward(tokens, routes, LocalExperts(experts, padded_runner(experts)))

@@ -1,0 +1,81 @@
+"""While the experts work on one chunk, another chunk's all-to-all is in flight: forward and backward, CPU and gloo."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from planmoe_ds.trace import Span
+from tests.engine.support import make_layer, routes_of, run_layer
+from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+SECONDS = 0.05  # an expert's work, by sleeping: the cores stay free, so what is seen is concurrency and nothing else
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows):  # type: ignore[no-untyped-def]
+        time.sleep(SECONDS)
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        time.sleep(SECONDS)
+        return grad.clone()
+
+
+class SleepingExpert(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(hidden))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return _Sleep.apply(rows) * self.scale
+
+
+def trace_one_step(chunks: int) -> list[Span]:
+    hidden, num_tokens = 256, 16384
+    layer = make_layer({"chunks": chunks, "comm": "direct"})
+    experts = [SleepingExpert(hidden)]
+    tokens = torch.randn(num_tokens, hidden, requires_grad=True)
+    routes = routes_of(torch.randint(0, dist.get_world_size(), (1, num_tokens)), dist.get_world_size())
+    run_layer(layer, tokens, routes, experts).sum().backward()  # connects
+    dist.barrier()
+    layer.recorder.start_trace()
+    run_layer(layer, tokens, routes, experts).sum().backward()
+    return layer.recorder.stop_trace()
+
+
+def overlap_ns(first: Span, second: Span) -> int:
+    return max(0, min(first.end_ns, second.end_ns) - max(first.start_ns, second.start_ns))
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_chunks_overlap(ranks: RankPool, phase: str) -> None:
+    for spans in ranks.run(2, trace_one_step, 4):
+        mine = [span for span in spans if span.phase == phase and span.chunk >= 0]
+        experts = [span for span in mine if span.lane == "compute"]
+        exchanges = [span for span in mine if span.lane == "exchange"]
+        assert sorted({span.chunk for span in experts}) == [0, 1, 2, 3]
+        for name in ("dispatch", "combine"):
+            hidden = [hidden_share(span, experts) for span in exchanges if span.name == name]
+            assert max(hidden) > 0.5, (name, hidden, mine)
+
+
+def hidden_share(exchange: Span, experts: list[Span]) -> float:
+    """Share of an exchange's time during which the experts worked on another chunk."""
+    hidden = sum(overlap_ns(exchange, work) for work in experts if work.chunk != exchange.chunk)
+    return hidden / (exchange.end_ns - exchange.start_ns)
+
+
+def test_one_chunk_does_not_overlap(ranks: RankPool) -> None:
+    for spans in ranks.run(2, trace_one_step, 1):
+        experts = [span for span in spans if span.lane == "compute"]
+        exchanges = [span for span in spans if span.lane == "exchange"]
+        assert not any(overlap_ns(exchange, work) for exchange in exchanges for work in experts)
