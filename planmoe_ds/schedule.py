@@ -9,6 +9,7 @@ One pass through a layer, forward or backward, is four tasks per chunk:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from enum import Enum
 
@@ -30,6 +31,7 @@ class Task:
     chunk: int
 
 
+@functools.cache
 def pipelined(num_chunks: int) -> tuple[Task, ...]:
     """ScheMoE's order (EuroSys 2024), optimal for equal chunks and two resources.
 
@@ -40,16 +42,3 @@ def pipelined(num_chunks: int) -> tuple[Task, ...]:
     for chunk in chunks:
         order += [Task(Kind.EXPERT, chunk), Task(Kind.COMBINE, chunk)]
     return (*order, *(Task(Kind.COLLECT, chunk) for chunk in chunks))
-
-
-def validate(schedule: tuple[Task, ...], num_chunks: int) -> None:
-    """Raise ValueError unless every task of every chunk occurs once, after the one it depends on."""
-    reached = [-1] * num_chunks
-    for task in schedule:
-        if not 0 <= task.chunk < num_chunks:
-            raise ValueError(f"the schedule names chunk {task.chunk}, the layer has {num_chunks}")
-        if task.kind.value != reached[task.chunk] + 1:
-            raise ValueError(f"chunk {task.chunk}: {task.kind.name} comes out of order or twice")
-        reached[task.chunk] = task.kind.value
-    if any(last != Kind.COLLECT.value for last in reached):
-        raise ValueError(f"the schedule ends before every chunk is collected (last tasks: {reached})")

@@ -96,7 +96,7 @@ def compiler(machine: Machine) -> Finding:
     """The C++ compiler, for building planmoe_ds and the operators DeepSpeed compiles when first used."""
     answer = machine.commands["compiler"]
     if not answer:
-        advice = "install g++ 9 or clang 9 or newer, or set CXX; a built planmoe_ds runs without"
+        advice = "install a compiler for C++20 (Debian: g++) or set CXX; a planmoe_ds already built runs without"
         command = machine.environment.get("CXX", "c++")
         return Finding("C++ compiler", "missing", detail=f"{command} --version did not answer", advice=advice)
     return Finding("C++ compiler", "ok", _first_version(answer), answer.splitlines()[0])
@@ -108,7 +108,7 @@ def nvcc(machine: Machine) -> Finding:
     wanted = machine.torch.facts.get("cuda")
     if not answer:
         if wanted is None:
-            return Finding("nvcc", "missing", detail="not needed with this torch")
+            return Finding("nvcc", "info", detail="not installed, and not needed with this torch")
         return Finding("nvcc", "missing", advice=f"install the CUDA {wanted} toolkit to build the CUDA kernels")
     found = re.search(r"release (\d+\.\d+)", answer)
     release = "" if found is None else found.group(1)
@@ -134,7 +134,7 @@ def zfp(machine: Machine) -> Finding:
     compressors = machine.extension.facts.get("compressors", [])
     if any(name.startswith("zfp") for name in compressors):
         return Finding("zfp", "ok", detail=f"planmoe's own codec is built in; {detail}")
-    advice = f"choose one of its compressors: {', '.join(compressors)}" if compressors else ""
+    advice = f"choose one of its compressors: {', '.join(compressors)}" if compressors else _REBUILD
     return Finding("zfp", "missing", detail=f"planmoe_ds._C has no zfp compressor; {detail}", advice=advice)
 
 

@@ -7,6 +7,7 @@ from planmoe_ds.doctor.machine import Distribution, Machine
 
 _TESTED_DEEPSPEED = ("0.19.8",)
 _TESTED_MEGATRON = {"0.15.3": (3, 10), "0.16.1": (3, 10), "0.17.1": (3, 12), "0.19.0": (3, 12)}
+_CUDA_TORCH = "install a CUDA build of torch to train on GPUs"
 _APEX_FOLDERS = ("amp", "multi_tensor_apply", "normalization", "optimizers", "transformer")
 
 
@@ -16,7 +17,7 @@ def nccl(machine: Machine) -> Finding:
     if facts.get("nccl"):
         return Finding("NCCL", "ok", facts["nccl"])
     reason = "torch is not there" if not facts else "this torch was built without it"
-    return Finding("NCCL", "missing", detail=reason, advice="install a CUDA build of torch to train on GPUs")
+    return Finding("NCCL", "missing", detail=reason, advice=_CUDA_TORCH)
 
 
 def cuda_devices(machine: Machine) -> Finding:
@@ -28,7 +29,7 @@ def cuda_devices(machine: Machine) -> Finding:
         return Finding("CUDA devices", "ok", str(len(devices)), kinds)
     if facts.get("cuda") is None:
         detail = "this torch was built without CUDA; ranks run on the CPU over gloo"
-        return Finding("CUDA devices", "missing", detail=detail)
+        return Finding("CUDA devices", "missing", detail=detail, advice=_CUDA_TORCH)
     detail = facts["cuda_error"] or "torch sees none"
     advice = "check nvidia-smi, the driver's version and CUDA_VISIBLE_DEVICES"
     return Finding("CUDA devices", "missing", detail=detail, advice=advice)
@@ -67,12 +68,14 @@ def deepspeed(machine: Machine) -> Finding:
 def megatron_core(machine: Machine) -> Finding:
     """The megatron.core package."""
     python = ".".join(str(part) for part in machine.python[:2])
-    usable = [version for version, oldest in _TESTED_MEGATRON.items() if machine.python[:2] >= oldest]
+    fitting = [version for version, oldest in _TESTED_MEGATRON.items() if machine.python[:2] >= oldest]
     tested = ", ".join(f"{version} (Python {oldest[0]}.{oldest[1]}+)" for version, oldest in _TESTED_MEGATRON.items())
-    advice = f"pip install megatron-core=={usable[-1]}, the newest tested for Python {python}" if usable else ""
+    advice = "install Python 3.10 or newer to train with it"
+    if fitting:
+        advice = f"pip install megatron-core=={fitting[-1]}, the newest tested for Python {python}"
     probe = machine.megatron_core
     if not probe.is_installed:
-        return Finding("megatron-core", "missing", detail=f"tested: {tested}", advice=f"{advice}, to train with it")
+        return Finding("megatron-core", "missing", detail=f"tested: {tested}", advice=advice)
     if probe.error:
         return Finding("megatron-core", "problem", detail=probe.error, advice=advice)
     version = probe.facts["version"]

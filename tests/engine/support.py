@@ -21,10 +21,19 @@ from planmoe_ds.recorder import Recorder
 def make_layer(settings: dict[str, object], index: int = 0) -> ExpertParallelLayer:
     """A layer over all ranks of the world; collective."""
     config = parse_config(settings)
-    cpu = torch.device("cpu")
-    group = connect({"experts": list(range(dist.get_world_size()))}, config, cpu)["experts"]
+    device = rank_device()
+    group = connect({"experts": list(range(dist.get_world_size()))}, config, device)["experts"]
     codecs = Codecs(**{key: make_compressor(name) for key, name in config.compression.model_dump().items()})
-    return ExpertParallelLayer(index=index, config=config, group=group, codecs=codecs, recorder=Recorder(cpu))
+    return ExpertParallelLayer(index=index, config=config, group=group, codecs=codecs, recorder=Recorder(device))
+
+
+def rank_device() -> torch.device:
+    """This rank's device: the CPU with gloo, a GPU (shared when there are fewer than ranks) with NCCL."""
+    if dist.get_backend() != "nccl":
+        return torch.device("cpu")
+    device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def slots_of(expert_KT: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -42,7 +51,7 @@ def routes_of(expert_KT: torch.Tensor, num_experts: int, weight_KT: torch.Tensor
     """Routes with weights 1 unless given and the smallest capacity that fits."""
     slots = slots_of(expert_KT, num_experts)
     capacity = int(slots.max()) + 1 if slots.numel() else 1
-    weights = torch.ones(expert_KT.shape) if weight_KT is None else weight_KT
+    weights = torch.ones(expert_KT.shape, device=expert_KT.device) if weight_KT is None else weight_KT
     return Routes(expert_KT, slots, weights, num_experts, capacity)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from planmoe_ds.layer import ExpertParallelLayer
 from tests.engine.oracle import Gradients, dense, probe
-from tests.engine.support import make_layer, routes_of, run_layer
+from tests.engine.support import make_layer, rank_device, routes_of, run_layer
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -70,18 +70,19 @@ def run_engine(layer: ExpertParallelLayer, experts: list[nn.Module], seed: int) 
     """One rank's output and gradients; backward runs twice, so that repeated backward is covered everywhere."""
     rank, size = dist.get_rank(), dist.get_world_size()
     tokens, expert_KT, weight_KT = (values[rank] for values in make_routing(seed, len(experts)))
-    local = experts[rank * len(experts) // size : (rank + 1) * len(experts) // size]
-    leaf, weight = tokens.clone().requires_grad_(), weight_KT.clone().requires_grad_()
-    output = run_layer(layer, leaf, routes_of(expert_KT, len(experts), weight), local)
+    device = rank_device()
+    local = [expert.to(device) for expert in experts[rank * len(experts) // size : (rank + 1) * len(experts) // size]]
+    leaf, weight = (values.to(device, copy=True).requires_grad_() for values in (tokens, weight_KT))
+    output = run_layer(layer, leaf, routes_of(expert_KT.to(device), len(experts), weight), local)
     for expert in local:
         expert.zero_grad()
-    loss = (output * probe(output.shape).float()).sum()
+    loss = (output * probe(output.shape).float().to(device)).sum()
     loss.backward(retain_graph=True)
     first = leaf.grad.clone()
     loss.backward()
     assert torch.allclose(leaf.grad, 2 * first, rtol=1e-6, atol=0)
-    grads = [[parameter.grad / 2 for parameter in expert.parameters()] for expert in local]
-    return Gradients(output.detach(), leaf.grad / 2, weight.grad / 2, grads)
+    grads = [[parameter.grad.cpu() / 2 for parameter in expert.parameters()] for expert in local]
+    return Gradients(output.detach().cpu(), leaf.grad.cpu() / 2, weight.grad.cpu() / 2, grads)
 
 
 def compare(mode_names: list[str], num_cases: int, num_experts: int) -> dict[tuple[str, str], float]:
@@ -93,7 +94,7 @@ def compare(mode_names: list[str], num_cases: int, num_experts: int) -> dict[tup
         layers, experts = [make_layer(MODES[name], index) for index in range(2)], make_experts(num_experts)
         squares: dict[str, list[float]] = {}
         for seed in range(num_cases):
-            expected = dense(experts, *make_routing(seed, num_experts))[rank]
+            expected = dense([expert.cpu() for expert in experts], *make_routing(seed, num_experts))[rank]
             got = run_engine(layers[seed % 2], experts, seed)
             pairs = [(kind, getattr(got, kind), getattr(expected, kind)) for kind in ("output", "tokens", "weights")]
             for mine, theirs in zip(got.experts, expected.experts[first:last], strict=True):
@@ -107,13 +108,22 @@ def compare(mode_names: list[str], num_cases: int, num_experts: int) -> dict[tup
     return result
 
 
+def check(results: list[dict[tuple[str, str], float]], rounding: float = ROUNDING) -> None:
+    for worst in results:
+        for (name, kind), error in worst.items():
+            assert error < (0.03 if "int8" in name else rounding), (name, kind, error)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_mode_against_the_oracle(ranks: RankPool, world_size: int) -> None:
-    for worst in ranks.run(world_size, compare, list(MODES), 16, 8, timeout=180):
-        for (name, kind), error in worst.items():
-            assert error < (0.03 if "int8" in name else ROUNDING), (name, kind, error)
+    check(ranks.run(world_size, compare, list(MODES), 16, 8, timeout=180))
 
 
-def test_more_ranks_than_local_experts_can_fill(ranks: RankPool) -> None:
-    for worst in ranks.run(4, compare, ["16 chunks", "by expert"], 8, 4):
-        assert max(worst.values()) < ROUNDING
+def test_one_expert_per_rank(ranks: RankPool) -> None:
+    check(ranks.run(4, compare, ["16 chunks", "by expert"], 8, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_mode_over_nccl(gpu_ranks: RankPool, world_size: int) -> None:
+    check(gpu_ranks.run(world_size, compare, list(MODES), 16, 8, timeout=180), rounding=1e-5)

@@ -1,0 +1,35 @@
+"""What the ranks' settings are judged to be: equal, different and how, or missing."""
+
+from __future__ import annotations
+
+from planmoe_ds.agreement import judge
+
+ON = {"planmoe.enabled": "True", "planmoe.chunks": "2"}
+
+
+def test_equal_settings() -> None:
+    assert judge({0: ON, 1: dict(ON)}, 2) == ""
+
+
+def test_the_key_the_values_and_the_ranks_are_named() -> None:
+    settings = {0: ON, 1: {**ON, "planmoe.chunks": "4"}, 2: ON}
+    assert judge(settings, 3) == "ranks disagree on planmoe.chunks: 2 on ranks [0, 2]; 4 on ranks [1]"
+
+
+def test_every_key_that_differs_is_named() -> None:
+    problem = judge({0: ON, 1: {"planmoe.enabled": "True", "planmoe.chunks": "3"}, 2: {"planmoe.enabled": "False"}}, 3)
+    assert "planmoe.chunks: 2 on ranks [0]; 3 on ranks [1]" in problem
+    assert "planmoe.enabled: True on ranks [0, 1]; False on ranks [2]" in problem
+
+
+def test_a_key_that_only_some_ranks_have_is_compared_among_them() -> None:
+    assert judge({0: {**ON, "MoE layer 0 of expert-parallel ranks [0]": "a"}, 1: ON}, 2) == ""
+
+
+def test_a_silent_rank_matters_only_when_planmoe_is_on() -> None:
+    assert "ranks [1] did not report" in judge({0: ON}, 2)
+    assert judge({0: {"planmoe.enabled": "False"}}, 2) == ""
+
+
+def test_a_rank_that_failed_is_named_with_its_reason() -> None:
+    assert judge({0: ON, 1: {"failed": "chunks = 0"}}, 2) == "rank 1 stopped at start: chunks = 0"
