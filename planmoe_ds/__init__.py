@@ -6,39 +6,33 @@ Importing this package makes `deepspeed.initialize` understand a "planmoe" secti
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from planmoe_ds.config import PlanMoEConfig
 from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError, PlanMoEMismatchError
 from planmoe_ds.hook import when_imported
+from planmoe_ds.integrations.deepspeed_hook import install
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
+    from planmoe_ds.config import PlanMoEConfig
     from planmoe_ds.integrations.deepspeed import activate
     from planmoe_ds.moe import MoE
 
 __version__ = "0.1.0"
 __all__ = ["MoE", "PlanMoEConfig", "PlanMoEConfigError", "PlanMoEError", "PlanMoEMismatchError", "activate"]
 
-
-def _patch_engine(engine_module: ModuleType) -> None:
-    from planmoe_ds.integrations.deepspeed import install
-
-    install(engine_module)
+_LAZY = {  # need the compiled backend or DeepSpeed
+    "MoE": "planmoe_ds.moe",
+    "PlanMoEConfig": "planmoe_ds.config",
+    "activate": "planmoe_ds.integrations.deepspeed",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Names that need DeepSpeed, imported when first used."""
-    if name == "MoE":
-        from planmoe_ds.moe import MoE
-
-        return MoE
-    if name == "activate":
-        from planmoe_ds.integrations.deepspeed import activate
-
-        return activate
+    """Import what `name` needs when it is first used."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'planmoe_ds' has no attribute '{name}'")
 
 
-when_imported("deepspeed.runtime.engine", _patch_engine)
+when_imported("deepspeed.runtime.engine", install)

@@ -13,7 +13,7 @@ import torch
 from planmoe_ds.backend import Clock, Exchange, Stamp
 from planmoe_ds.trace import Lane, Phase, Span
 
-MAX_PENDING = 1 << 16  # events kept when nobody asks for them
+MAX_PENDING = 1 << 14  # events kept when nobody asks for them
 
 
 @dataclass(frozen=True)

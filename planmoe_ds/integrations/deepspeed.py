@@ -1,21 +1,17 @@
 """DeepSpeed: `"planmoe"` in the config makes every deepspeed.moe.layer.MoE go through planmoe.
 
-What is patched: DeepSpeedEngine._configure_distributed_model, wrapped once. After DeepSpeed has made its
-expert-parallel groups, and before it builds the optimizer, the class of every MOELayer instance becomes PlanMoELayer,
-a subclass that overrides forward. Names of parameters, tags, checkpoints, isinstance checks and the router stay as they
-were.
+deepspeed_hook.py calls configure() once DeepSpeed has made its expert-parallel groups and before it builds the
+optimizer. The class of every MOELayer instance then becomes PlanMoELayer, a subclass that overrides forward. Names of
+parameters, tags, checkpoints, isinstance checks and the router stay as they were.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.moe.sharded_moe import MOELayer
@@ -100,29 +96,6 @@ class PlanMoELayer(MOELayer):  # type: ignore[misc]
         self.planmoe.recorder.add_stock_bytes(passes * padded * (self.ep_size - 1) // self.ep_size)
 
 
-def install(engine_module: ModuleType) -> None:
-    """Wrap DeepSpeedEngine._configure_distributed_model; calling it again changes nothing."""
-    engine_class = engine_module.DeepSpeedEngine
-    original = getattr(engine_class, "_configure_distributed_model", None)
-    if original is None:
-        raise ImportError(
-            "deepspeed.runtime.engine.DeepSpeedEngine has no _configure_distributed_model: planmoe_ds is tested with "
-            f"deepspeed 0.19.8, this is {deepspeed.__version__}"
-        )
-    if hasattr(original, "planmoe_wraps"):
-        return
-
-    @functools.wraps(original)
-    def configure(engine: Any, model: nn.Module) -> None:
-        original(engine, model)
-        session = _configure(engine)
-        if session is not None:
-            engine.planmoe = session
-
-    configure.planmoe_wraps = original  # type: ignore[attr-defined]
-    engine_class._configure_distributed_model = configure
-
-
 def activate(model: nn.Module, section: object = True, device: torch.device | None = None) -> Session | None:
     """Send every deepspeed.moe.layer.MoE of `model` through planmoe; every rank must call this at the same time.
 
@@ -138,7 +111,8 @@ def activate(model: nn.Module, section: object = True, device: torch.device | No
     return _activate_layers(layers, config, device) if config.enabled else None
 
 
-def _configure(engine: Any) -> Session | None:
+def configure(engine: Any) -> Session | None:
+    """Read the engine's config and, if it says so, switch its model over; every rank calls this at the same time."""
     layers = _moe_layers(engine.module)
     drop_ins = [module for module in engine.module.modules() if hasattr(module, "planmoe_drop_in")]
     param_dict = engine._config._param_dict
