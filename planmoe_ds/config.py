@@ -77,7 +77,10 @@ class PlanMoEConfig(_Section):
         None, ge=1, description="ranks on one node; by default found from the hosts' names"
     )
     timeout_seconds: float | None = Field(
-        None, gt=0, description="bound of every wait for a peer; by default the process group's timeout"
+        None,
+        ge=0.001,
+        le=7 * 24 * 3600,
+        description="bound of every wait for a peer; by default the process group's timeout",
     )
 
     @field_validator("comm")
@@ -88,7 +91,15 @@ class PlanMoEConfig(_Section):
     @field_validator("compression", mode="before")
     @classmethod
     def _one_name_for_all(cls, value: Any) -> Any:
-        return dict.fromkeys(CompressionConfig.model_fields, value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            _known("compressor", value, backend.compressor_names())
+            return dict.fromkeys(CompressionConfig.model_fields, value)
+        if isinstance(value, Mapping | CompressionConfig):
+            return value
+        raise ValueError(
+            f"must be one of the codecs {', '.join(backend.compressor_names())}, or a section with one for each of "
+            f"{', '.join(CompressionConfig.model_fields)}"
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanMoEConfig:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from planmoe_ds.backend import Comm, comm_names, make_comm
+from tests.engine.support import rank_device
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -23,7 +24,7 @@ def new_comm(name: str, ranks_per_node: int = 8, timeout_ms: int = 0) -> Comm:
     world = list(range(dist.get_world_size()))
     timeout = timedelta(milliseconds=timeout_ms) if timeout_ms else None
     groups = [dist.new_group(world, timeout=timeout) for _ in range(2)]
-    return make_comm(name, groups, [rank // ranks_per_node for rank in world], torch.device("cpu"), timeout_ms)
+    return make_comm(name, groups, [rank // ranks_per_node for rank in world], rank_device(), timeout_ms)
 
 
 def random_matrix(generator: random.Random, size: int) -> list[list[int]]:
@@ -47,6 +48,7 @@ def compare_with_torch(name: str, ranks_per_node: int, num_cases: int) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     comm = new_comm(name, ranks_per_node)
     assert (comm.rank, comm.size) == (rank, size)
+    device = rank_device()
     generator = random.Random(7)  # the same on every rank
     in_flight = []
     for case in range(num_cases):
@@ -54,12 +56,14 @@ def compare_with_torch(name: str, ranks_per_node: int, num_cases: int) -> None:
         width = generator.choice([1, 3, 64])
         send_rows, recv_rows = matrix[rank], [row[rank] for row in matrix]
         send = torch.randint(0, 100, (sum(send_rows), width), generator=torch.Generator().manual_seed(rank + case))
-        send = send.to(dtype)
-        recv, expected = (torch.zeros(sum(recv_rows), width, dtype=dtype) for _ in range(2))
+        send = send.to(device, dtype)
+        recv, expected = (torch.zeros(sum(recv_rows), width, dtype=dtype, device=device) for _ in range(2))
         exchange = comm.start(send, send_rows, recv, recv_rows)
-        dist.all_to_all_single(
-            expected.view(torch.uint8), send.view(torch.uint8), recv_rows, send_rows
-        )  # while ours is in flight
+        if device.type == "cuda":  # NCCL does not promise that two communicators make progress side by side
+            exchange.wait()
+            torch.cuda.synchronize()
+        # on the CPU while ours is in flight
+        dist.all_to_all_single(expected.view(torch.uint8), send.view(torch.uint8), recv_rows, send_rows)
         in_flight.append((exchange, recv, expected, send, send_rows))
     for exchange, recv, expected, send, send_rows in reversed(in_flight):  # waiting order does not matter
         exchange.wait()
@@ -79,6 +83,15 @@ def test_every_registered_algorithm_has_a_row() -> None:
 )
 def test_equals_all_to_all_single(ranks: RankPool, name: str, world_size: int, ranks_per_node: int) -> None:
     ranks.run(world_size, compare_with_torch, name, ranks_per_node, 40)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(1, 1), (2, 1), (4, 2), (4, 4)])
+def test_equals_all_to_all_single_over_nccl(
+    gpu_ranks: RankPool, name: str, world_size: int, ranks_per_node: int
+) -> None:
+    gpu_ranks.run(world_size, compare_with_torch, name, ranks_per_node, 40)
 
 
 def refuse_bad_requests(name: str) -> None:

@@ -134,3 +134,23 @@ def test_int8_refuses_float64() -> None:
 def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="unknown compressor 'int9'; known: int8, none"):
         make_compressor("int9")
+
+
+@pytest.mark.gpu
+@codecs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 129, 1000])
+def test_cuda_decodes_what_the_cpu_does(name: str, dtype: torch.dtype, hidden: int) -> None:
+    codec, rows = make_compressor(name), normal(64, hidden, dtype)
+    rows[3, hidden // 2] = math.nan
+    index = torch.arange(63, -1, -1)
+    wire = codec.encode(rows.cuda(), index.cuda())
+    out = torch.empty_like(rows, device="cuda")
+    codec.decode(wire, out, index.cuda())
+    expected = round_trip(name, rows)
+    assert torch.equal(torch.isfinite(out.cpu()), torch.isfinite(expected))
+    finite = torch.isfinite(expected)
+    assert torch.allclose(out.cpu()[finite].float(), expected[finite].float(), rtol=1e-2, atol=1e-3)
+    swapped = torch.empty_like(rows)  # one side may be the other's peer: the bytes mean the same on both
+    codec.decode(wire.cpu(), swapped, index)
+    assert torch.allclose(swapped[finite].float(), expected[finite].float(), rtol=1e-2, atol=1e-3)

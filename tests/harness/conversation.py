@@ -66,9 +66,7 @@ def describe(name: str, outcomes: Sequence[RankOutcome], processes: Sequence[Ran
     failed = [outcome for outcome in outcomes if outcome.failed]
     lines = [f"{name} failed on ranks {[outcome.rank for outcome in failed]} of {len(outcomes)}"]
     for outcome in failed:
-        heading = (
-            f"--- rank {outcome.rank}, after {outcome.seconds:.1f} s: {outcome.error}: {outcome.message}"
-        )
+        heading = f"--- rank {outcome.rank}, after {outcome.seconds:.1f} s: {outcome.error}: {outcome.message}"
         lines += [heading, outcome.traceback.rstrip(), *_printed(outcome.rank, processes[outcome.rank])]
     return "\n".join(lines)
 

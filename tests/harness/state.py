@@ -32,15 +32,20 @@ Snapshot = dict[str, dict[str, Any]]
 
 
 def preload_deepspeed() -> None:
-    """Import DeepSpeed and keep it from compiling its shared-memory all-reduce, which training never calls.
-
-    That compilation takes half a minute, and a rank killed in it leaves a lock that stops every later one.
-    """
+    """Import DeepSpeed, so that no call has to."""
     for name in _DEEPSPEED_MODULES:
         importlib.import_module(name)
-    sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
     gc.collect()
     gc.freeze()
+
+
+def skip_deepspeed_compilation() -> None:
+    """Keep DeepSpeed, if it is loaded, from compiling its shared-memory all-reduce, which training never calls.
+
+    That takes half a minute or more, and a rank killed in the middle leaves a lock that stops every later one.
+    """
+    if "deepspeed.ops" in sys.modules:
+        sys.modules["deepspeed.ops"].__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def snapshot_deepspeed() -> Snapshot:
@@ -62,6 +67,14 @@ def restore_deepspeed(snapshot: Snapshot) -> None:
                 current[:] = value
             else:
                 module[name] = value
+
+
+def destroy_engines() -> None:
+    """End every DeepSpeed engine: its gradient hooks keep it, and with it the gloo threads of its groups, alive."""
+    module = sys.modules.get("deepspeed.runtime.engine")
+    if module is not None:
+        for engine in [item for item in gc.get_objects() if issubclass(type(item), module.DeepSpeedEngine)]:
+            engine.destroy()
 
 
 def _plain_variables(module: ModuleType) -> dict[str, Any]:

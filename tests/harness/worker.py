@@ -56,6 +56,7 @@ def _serve(connection: Connection, call: Call, backend: str) -> None:
     state.reset_torch()
     snapshot = state.snapshot_deepspeed()
     task = _load(call)
+    state.skip_deepspeed_compilation()
     if isinstance(task, RankOutcome):
         connection.send(task)
         connection.recv()
@@ -105,6 +106,7 @@ def _failure(rank: int, error: BaseException, start: float) -> RankOutcome:
 def _clean_up(snapshot: state.Snapshot, environment: dict[str, str], num_threads: int) -> bool:
     """Undo what the call did to this process; False when part of it is left, so it must not be used again."""
     try:
+        state.destroy_engines()
         gc.collect()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

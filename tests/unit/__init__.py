@@ -1,0 +1,1 @@
+"""Parts of planmoe_ds and of the test harness by themselves."""

@@ -163,11 +163,11 @@ def test_expected_failure_returns_outcomes(ranks: RankPool) -> None:
 
 def test_hang_names_ranks_and_where_they_are(ranks: RankPool) -> None:
     with pytest.raises(RankTimeout) as caught:
-        ranks.run(3, wait_in_barrier_except, 1, timeout=1.5)
+        ranks.run(3, wait_in_barrier_except, 1, timeout=4)
     assert caught.value.stuck == (0, 2)
     message = str(caught.value)
     assert "ranks [0, 2] of 3 did not return" in message
-    assert "within 1.5 s; ranks [1] did" in message
+    assert "within 4 s; ranks [1] did" in message
     assert message.count("in wait_in_barrier_except") == 2
     assert message.count("entering the barrier") == 2
     assert ranks.run(3, sum_of_ranks, 0) == [3, 3, 3]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import deepspeed
 import pytest
 import torch
@@ -94,6 +96,11 @@ def train(expert_parallel_size: int, zero_stage: int, use_mpu: bool) -> list[flo
     return losses
 
 
+def count_threads() -> int:
+    """Threads of this process, Python's and others."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def test_trains_as_in_new_processes(ranks: RankPool) -> None:
     order = [(4, 1, 0, False), (4, 2, 1, False), (2, 2, 0, True), (4, 4, 2, True), (1, 1, 0, False)]
     reused = [ranks.run(world_size, train, *rest) for world_size, *rest in order]
@@ -101,3 +108,12 @@ def test_trains_as_in_new_processes(ranks: RankPool) -> None:
     assert last == ranks.run(4, train, 4, 0, use_mpu=False, fresh=True)
     assert reused[2] == ranks.run(2, train, 2, 0, use_mpu=True, fresh=True)
     assert all(losses[-1] < losses[0] for result in reused for losses in result)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_leaves_no_threads_behind(ranks: RankPool, zero_stage: int) -> None:
+    ranks.run(2, train, 2, zero_stage, use_mpu=False)
+    before = ranks.run(2, count_threads)
+    for _ in range(2):
+        ranks.run(2, train, 2, zero_stage, use_mpu=False)
+    assert ranks.run(2, count_threads) == before

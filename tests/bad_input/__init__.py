@@ -1,0 +1,1 @@
+"""Bad input, and the one clear error each has to give."""
