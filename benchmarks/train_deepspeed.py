@@ -66,6 +66,7 @@ def make_engine(arguments: argparse.Namespace, section: Any) -> Any:
     import deepspeed
     import torch.distributed as dist
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
     from model import ModelConfig, build_model
 
     config = ModelConfig(
@@ -106,6 +107,7 @@ def take_step(engine: Any, tokens: Any, bound: bool) -> float:
     """One training step of the slowest rank, in seconds."""
     import torch
     import torch.distributed as dist
+
     from model import language_loss
 
     dist.barrier()

@@ -61,7 +61,7 @@ class PlanMoEConfig(_Section):
     """Everything planmoe can be told; unknown keys are rejected."""
 
     enabled: bool = Field(True, description="false leaves the framework's own dispatch in place")
-    comm: str = Field("pipe", description="all-to-all algorithm, one of the registered ones")
+    comm: str = Field("direct", description="all-to-all algorithm, one of the registered ones")
     chunks: int = Field(2, ge=1, le=16, description="pieces a layer's rows are pipelined in")
     chunk_by: ChunkBy = Field(
         ChunkBy.TOKEN, strict=False, description="'token' (even pieces) or 'expert' (GEMM sizes stay whole)"
@@ -134,6 +134,14 @@ def parse_config(section: object, where: str = '"planmoe"') -> PlanMoEConfig:
     except ValidationError as error:
         problems = "; ".join(_describe(where, problem) for problem in error.errors())
         raise PlanMoEConfigError(problems) from None
+
+
+def find_section(settings: Mapping[str, Any], name: str) -> object:
+    """The value of key `name`, None when absent; PlanMoEConfigError when a key looks like a misspelling of it."""
+    for key in settings:
+        if key != name and difflib.get_close_matches(key.lower(), [name], cutoff=0.8):
+            raise PlanMoEConfigError(f'unknown key "{key}" in the DeepSpeed config; did you mean "{name}"?')
+    return settings.get(name)
 
 
 def _describe(where: str, problem: Mapping[str, Any]) -> str:

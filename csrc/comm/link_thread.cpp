@@ -128,6 +128,7 @@ class ThreadLink final : public Link {
 
   void track(int64_t peer, Work work) {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (stopping_) abort_quietly(work);
     in_flight_.emplace_back(peer, std::move(work));
   }
 

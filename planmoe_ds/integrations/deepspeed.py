@@ -25,7 +25,7 @@ from torch import nn
 
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
 from planmoe_ds.backend import make_compressor
-from planmoe_ds.config import PlanMoEConfig, parse_config
+from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup, connect
@@ -116,12 +116,11 @@ def configure(engine: Any) -> Session | None:
     layers = _moe_layers(engine.module)
     drop_ins = [module for module in engine.module.modules() if hasattr(module, "planmoe_drop_in")]
     param_dict = engine._config._param_dict
-    section = param_dict.get(SECTION, True if drop_ins else None)
     try:
-        config = parse_config(section)
+        section = find_section(param_dict, SECTION)
+        config = parse_config(True if section is None and drop_ins else section)
     except PlanMoEConfigError as error:
-        check_then_raise = {FAILED: str(error)}
-        _report_failure(check_then_raise)
+        _report_failure({FAILED: str(error)})
         raise
     check_agreement(_settings(config, param_dict, layers))
     for module in drop_ins:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from planmoe_ds.config import CompressionConfig, PlanMoEConfig, parse_config
+from planmoe_ds.config import CompressionConfig, PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
 from tests.harness.ranks import RankPool
 
@@ -213,3 +213,15 @@ def test_one_rank_with_bad_settings_does_not_hang_the_others(ranks: RankPool) ->
     assert outcomes[0].failed
     assert "rank 1" in outcomes[0].message
     assert "chunks" in outcomes[0].message
+
+
+@pytest.mark.parametrize("key", ["planmo", "PlanMoE", "plan_moe", "planmoee"])
+def test_a_misspelt_section_is_not_ignored(key: str) -> None:
+    with pytest.raises(PlanMoEConfigError, match=f'unknown key "{key}".*did you mean "planmoe"'):
+        find_section({"optimizer": {}, key: {"chunks": 2}}, "planmoe")
+
+
+def test_other_sections_are_left_alone() -> None:
+    settings = {"optimizer": {}, "planmoe": {"chunks": 2}, "zero_optimization": {}, "pipeline": {}}
+    assert find_section(settings, "planmoe") == {"chunks": 2}
+    assert find_section({"pipeline": {}}, "planmoe") is None
