@@ -12,6 +12,8 @@ from planmoe_ds.errors import PlanMoEError, PlanMoEMismatchError
 
 PREFIX = "planmoe/agreement"
 PATIENCE = timedelta(minutes=10)  # how far apart ranks may reach the start
+OFF_PATIENCE = timedelta(seconds=15)  # the same for a rank where planmoe is off: the others may never ask
+UNHEARD = "planmoe is off on rank 0, which did not wait for "
 ENABLED = "planmoe.enabled"
 FAILED = "failed"
 
@@ -29,16 +31,19 @@ def check_agreement(settings: dict[str, str]) -> None:
     store = PrefixStore(PREFIX, _get_default_store())
     call = store.add(f"calls/{rank}", 1)  # several engines in one job: each has a round of its own
     store.set(f"{call}/{rank}", json.dumps(settings))
+    is_off = settings.get(ENABLED) == "False"
+    patience = OFF_PATIENCE if is_off else PATIENCE
     if rank == 0:
-        store.set(f"{call}/verdict", _judge(store, call, world_size))
+        store.set(f"{call}/verdict", _judge(store, call, world_size, patience))
     try:
-        verdict = store.get(f"{call}/verdict").decode() if _await(store, f"{call}/verdict", PATIENCE * 2) else None
+        verdict = store.get(f"{call}/verdict").decode() if _await(store, f"{call}/verdict", patience * 2) else None
     except RuntimeError as error:
         raise PlanMoEError(f"rank {rank} lost the job's store while comparing settings: {error}") from error
+    if is_off and (verdict is None or verdict.startswith(UNHEARD)):
+        return
     if verdict is None:
-        if settings.get(ENABLED) == "True":
-            raise PlanMoEMismatchError(f"rank 0 did not compare the ranks' settings within {PATIENCE * 2}")
-    elif verdict:
+        raise PlanMoEMismatchError(f"rank 0 did not compare the ranks' settings within {PATIENCE * 2}")
+    if verdict:
         raise PlanMoEMismatchError(verdict)
 
 
@@ -50,13 +55,15 @@ def _await(store: Store, key: str, patience: timedelta) -> bool:
     return True
 
 
-def _judge(store: Store, call: int, world_size: int) -> str:
+def _judge(store: Store, call: int, world_size: int, patience: timedelta) -> str:
     """The verdict: empty when all agree."""
     settings: dict[int, dict[str, str]] = {}
     for rank in range(world_size):
-        if _await(store, f"{call}/{rank}", PATIENCE if len(settings) == rank else timedelta(seconds=1)):
+        if _await(store, f"{call}/{rank}", patience if len(settings) == rank else timedelta(seconds=1)):
             settings[rank] = json.loads(store.get(f"{call}/{rank}"))
-    return judge(settings, world_size)
+    unheard = [rank for rank in range(world_size) if rank not in settings]
+    problem = judge(settings, world_size)
+    return f"{UNHEARD}ranks {unheard}" if unheard and not problem else problem
 
 
 def judge(settings: dict[int, dict[str, str]], world_size: int) -> str:

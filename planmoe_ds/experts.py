@@ -75,6 +75,12 @@ def check_no_foreign_leaves(output: torch.Tensor, known: Sequence[torch.Tensor],
         if node is None or node in seen:
             continue
         seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                f"MoE layer {layer}: an expert recomputes its activations with reentrant checkpointing, which needs "
+                ".backward() of the whole graph; planmoe runs backward chunk by chunk. Use use_reentrant=False inside "
+                "the expert, or checkpoint the block around the MoE layer"
+            )
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in known_ids:
             raise ValueError(

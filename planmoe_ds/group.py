@@ -65,9 +65,6 @@ def connect(my_groups: dict[str, list[int]], config: PlanMoEConfig, device: torc
     milliseconds = round(config.timeout_seconds * 1000) if config.timeout_seconds is not None else 0
     connected: dict[tuple[int, ...], ExpertGroup] = {}
     for ranks in sorted({tuple(ranks) for ranks in my_groups.values()}):
-        if device.type != "cpu" and len(ranks) > 1:
-            for group in made[ranks]:  # NCCL connects a communicator at its first use, by all its ranks together
-                dist.all_reduce(torch.zeros(1, device=device), group=group)
         comm = make_comm(config.comm, made[ranks], [nodes[rank] for rank in ranks], device, milliseconds)
         connected[ranks] = ExpertGroup(comm, ranks)
     return {name: connected[tuple(ranks)] for name, ranks in my_groups.items()}

@@ -137,21 +137,25 @@ class _Pipeline(torch.autograd.Function):
 
         codecs = call.codecs
         rows = _Pass(call, "forward", tokens.detach(), True, codecs.dispatch, codecs.combine, work).run()
-        ctx.call, ctx.graphs, ctx.parameters = call, graphs, parameters
+        ctx.call, ctx.parameters = call, parameters
         ctx.num_tokens = tokens.shape[0]
-        ctx.save_for_backward(tokens.new_empty(0))  # autograd refuses a second backward unless the graph is retained
+        ticket = tokens.new_empty(0)
+        ticket.planmoe_graphs = graphs
+        ctx.graphs = None if _is_recomputed() else graphs
+        ctx.save_for_backward(ticket)  # autograd refuses a second backward unless the graph is retained
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_rows):  # type: ignore[no-untyped-def]
-        (_,) = ctx.saved_tensors
+        (ticket,) = ctx.saved_tensors
+        graphs = ctx.graphs if ctx.graphs is not None else ticket.planmoe_graphs
         call: LayerCall = ctx.call
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         totals: list[torch.Tensor | None] = [None] * len(ctx.parameters)
 
         def work(index: int, grad_buffer: torch.Tensor) -> torch.Tensor:
-            leaf, output = ctx.graphs[index] if keep else ctx.graphs.pop(index)
+            leaf, output = graphs[index] if keep else graphs.pop(index)
             if not output.requires_grad:
                 return torch.zeros_like(leaf)
             grad_leaf, *grads = torch.autograd.grad(
@@ -165,7 +169,19 @@ class _Pipeline(torch.autograd.Function):
         grads_N = _Pass(call, "backward", grad_rows.contiguous(), False, codec, codec, work).run()
         grad_tokens = grads_N.new_zeros((ctx.num_tokens, grads_N.shape[1]))
         grad_tokens.index_add_(0, call.plan.token_N, grads_N)
-        return grad_tokens, None, *totals
+        # an unused parameter is in the outer graph all the same, and gradient hooks expect a gradient
+        grads = (_zeros_if_none(total, parameter) for total, parameter in zip(totals, ctx.parameters, strict=True))
+        return grad_tokens, None, *grads
+
+
+def _zeros_if_none(grad: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(parameter) if grad is None else grad
+
+
+def _is_recomputed() -> bool:
+    """Whether torch.utils.checkpoint will run this forward again: then backward finds that run's graphs."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def _add(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:

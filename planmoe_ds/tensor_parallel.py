@@ -55,11 +55,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, rows, counts: tuple[int, ...], split: TensorParallelSplit):  # type: ignore[no-untyped-def]
         ctx.first = sum(counts[: split.rank])
         ctx.num_rows = counts[split.rank]
-        send = rows.repeat(split.size, 1)
-        arrival = split.group.exchange(send, [ctx.num_rows] * split.size, list(counts))
-        if arrival.exchange is not None:
-            arrival.exchange.wait()
-        return arrival.rows
+        return _all_rows(rows, counts, split)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -70,3 +66,42 @@ def gather_rows(rows: torch.Tensor, orders: list[RowOrder], split: TensorParalle
     """Rows [N, H] -> the rows of all ranks of the tensor-parallel group, in rank order, [A, H]."""
     counts = tuple(order.token_N.shape[0] for order in orders)
     return _GatherRows.apply(rows, counts, split)  # type: ignore[no-untyped-call]
+
+
+class _OwnRows(torch.autograd.Function):
+    """tokens [T, H] -> the rows this rank sends [N, H]; the gradient of a token is summed over all ranks' rows."""
+
+    @staticmethod
+    def forward(ctx, tokens, orders: list[RowOrder], split: TensorParallelSplit):  # type: ignore[no-untyped-def]
+        ctx.orders, ctx.split, ctx.num_tokens = orders, split, tokens.shape[0]
+        return tokens.index_select(0, orders[split.rank].token_N)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        counts = tuple(order.token_N.shape[0] for order in ctx.orders)
+        grads_AH = _all_rows(grad, counts, ctx.split)
+        by_expert = torch.argsort(torch.cat([_expert_of_row(order) for order in ctx.orders]), stable=True)
+        token_A = torch.cat([order.token_N for order in ctx.orders])
+        grad_tokens = grads_AH.new_zeros((ctx.num_tokens, grads_AH.shape[1]))
+        grad_tokens.index_add_(0, token_A[by_expert], grads_AH[by_expert])
+        return grad_tokens, None, None
+
+
+def _expert_of_row(order: RowOrder) -> torch.Tensor:
+    num_chunks, num_experts = order.counts_chunk_E.shape
+    expert = torch.arange(num_experts, device=order.token_N.device).repeat(num_chunks)
+    return torch.repeat_interleave(expert, order.counts_chunk_E.reshape(-1))
+
+
+def _all_rows(rows: torch.Tensor, counts: tuple[int, ...], split: TensorParallelSplit) -> torch.Tensor:
+    send = rows.repeat(split.size, 1)
+    arrival = split.group.exchange(send, [counts[split.rank]] * split.size, list(counts))
+    if arrival.exchange is not None:
+        arrival.exchange.wait()
+    return arrival.rows
+
+
+def own_rows(tokens: torch.Tensor, orders: list[RowOrder], split: TensorParallelSplit) -> tuple[torch.Tensor, RowOrder]:
+    """Tokens [T, H] -> the rows this rank sends, [N, H], and their order, in which every row is a token."""
+    rows = _OwnRows.apply(tokens, orders, split)  # type: ignore[no-untyped-call]
+    return rows, replace(orders[split.rank], token_N=torch.arange(rows.shape[0], device=rows.device))

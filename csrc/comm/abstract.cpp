@@ -57,6 +57,16 @@ AbstractComm::AbstractComm(CommOptions options) : options_(std::move(options)) {
   TORCH_CHECK_VALUE(static_cast<int64_t>(options_.node_of_rank.size()) == size_, "node_of_rank has ",
                     options_.node_of_rank.size(), " entries, the group has ", size_, " ranks");
   TORCH_CHECK_VALUE(options_.timeout_ms >= 0, "timeout_ms must not be negative, got ", options_.timeout_ms);
+  connect_everyone();
+}
+
+// NCCL makes a communicator at its first use, by all its ranks together; an exchange may leave some of them out.
+void AbstractComm::connect_everyone() const {
+  if (options_.device.is_cpu() || size_ == 1) return;
+  for (const auto& group : options_.groups) {
+    std::vector<at::Tensor> one{at::zeros({1}, at::TensorOptions().device(options_.device))};
+    group->allreduce(one)->wait();
+  }
 }
 
 std::shared_ptr<Exchange> AbstractComm::start(ExchangeSpec spec) {

@@ -66,6 +66,7 @@ class AbstractComm {
 
  private:
   void check(const ExchangeSpec& spec) const;
+  void connect_everyone() const;
 
   CommOptions options_;
   int64_t rank_;

@@ -33,7 +33,7 @@ from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.pipeline import Codecs
 from planmoe_ds.plan import Routes
 from planmoe_ds.recorder import Recorder
-from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows
+from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_rows
 
 SECTION = "planmoe"
 SHARED_SETTINGS = (  # of DeepSpeed's own: ranks that disagree on them hang without a word
@@ -74,7 +74,8 @@ class PlanMoELayer(MOELayer):  # type: ignore[misc]
             output = self.planmoe.forward(tokens, routes, experts)
         else:
             orders = [self.planmoe.order(part, len(experts.modules)) for part in split.parts(routes)]
-            rows = self.planmoe.expert_rows(tokens, orders[split.rank], split.own_part(routes), experts)
+            own_tokens, order = own_rows(tokens, orders, split)
+            rows = self.planmoe.expert_rows(own_tokens, order, split.own_part(routes), experts)
             output = combine(gather_rows(rows, orders, split), split.row_of_route(orders), routes.weight_KT)
         self._count_stock_bytes(tokens, routes)
         if self.wall_clock_breakdown:
@@ -105,16 +106,18 @@ def activate(model: nn.Module, section: object = True, device: torch.device | No
     """
     config = parse_config(section)
     layers = _moe_layers(model)
-    check_agreement(_settings(config, {}, layers))
+    check_agreement(_settings(config, {}, model))
     if device is None:
         device = next(model.parameters()).device
     return _activate_layers(layers, config, device) if config.enabled else None
 
 
-def configure(engine: Any) -> Session | None:
-    """Read the engine's config and, if it says so, switch its model over; every rank calls this at the same time."""
-    layers = _moe_layers(engine.module)
-    drop_ins = [module for module in engine.module.modules() if hasattr(module, "planmoe_drop_in")]
+def agree(engine: Any, model: nn.Module) -> PlanMoEConfig:
+    """Read the engine's config and compare it with every other rank's, before DeepSpeed's first collective.
+
+    Every rank calls this at the same time.
+    """
+    drop_ins: list[Any] = [module for module in model.modules() if hasattr(module, "planmoe_drop_in")]
     param_dict = engine._config._param_dict
     try:
         section = find_section(param_dict, SECTION)
@@ -122,12 +125,17 @@ def configure(engine: Any) -> Session | None:
     except PlanMoEConfigError as error:
         _report_failure({FAILED: str(error)})
         raise
-    check_agreement(_settings(config, param_dict, layers))
+    check_agreement(_settings(config, param_dict, model))
     for module in drop_ins:
         module.planmoe_drop_in = config.enabled
+    return config
+
+
+def configure(engine: Any, config: PlanMoEConfig) -> Session | None:
+    """Switch the engine's model over, if the config says so; every rank calls this at the same time."""
     if not config.enabled:
         return None
-    return _activate_layers(layers, config, torch.device(engine.device))
+    return _activate_layers(_moe_layers(engine.module), config, torch.device(engine.device))
 
 
 def _report_failure(settings: dict[str, str]) -> None:
@@ -142,7 +150,7 @@ def _moe_layers(model: nn.Module) -> list[MOELayer]:
     return [module for module in model.modules() if isinstance(module, MOELayer)]
 
 
-def _settings(config: PlanMoEConfig, param_dict: Mapping[str, Any], layers: list[MOELayer]) -> dict[str, str]:
+def _settings(config: PlanMoEConfig, param_dict: Mapping[str, Any], model: nn.Module) -> dict[str, str]:
     """What every rank must have in common, by the name a user knows it by."""
     settings = {ENABLED: str(config.enabled)}
     if not config.enabled:
@@ -154,12 +162,14 @@ def _settings(config: PlanMoEConfig, param_dict: Mapping[str, Any], layers: list
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         settings[path] = str(value)
+    layers = _moe_layers(model)
+    where = f" of pipeline stage {model.stage_id}" if hasattr(model, "stage_id") else ""  # stages may differ
+    settings[f"the model{where}"] = f"{len(layers)} MoE layers"
     for number, layer in enumerate(layers):
-        ranks = _expert_ranks(layer)
         gate = layer.gate
-        settings[f"MoE layer {number} of expert-parallel ranks {ranks}"] = (
-            f"{layer.num_local_experts} local experts, hidden size {gate.wg.weight.shape[1]}, top-{gate.k}, "
-            f"drop_tokens {gate.drop_tokens}"
+        settings[f"MoE layer {number}{where}"] = (
+            f"{layer.ep_size * layer.num_local_experts} experts, expert-parallel size {layer.ep_size}, hidden size "
+            f"{gate.wg.weight.shape[1]}, top-{gate.k}, drop_tokens {gate.drop_tokens}"
         )
     return settings
 

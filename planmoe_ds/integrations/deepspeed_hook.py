@@ -27,10 +27,11 @@ def install(engine_module: ModuleType) -> None:
 
     @functools.wraps(original)
     def configure_distributed_model(engine: Any, model: Any) -> None:
-        original(engine, model)
-        from planmoe_ds.integrations.deepspeed import configure
+        from planmoe_ds.integrations.deepspeed import agree, configure
 
-        session = configure(engine)
+        config = agree(engine, model)
+        original(engine, model)
+        session = configure(engine, config)
         if session is not None:
             engine.planmoe = session
 

@@ -150,7 +150,8 @@ def test_cuda_decodes_what_the_cpu_does(name: str, dtype: torch.dtype, hidden: i
     expected = round_trip(name, rows)
     assert torch.equal(torch.isfinite(out.cpu()), torch.isfinite(expected))
     finite = torch.isfinite(expected)
-    assert torch.allclose(out.cpu()[finite].float(), expected[finite].float(), rtol=1e-2, atol=1e-3)
+    step = 0.0 if codec.lossless else float(rows[finite].abs().max()) / 127  # a tie may round the other way
+    assert torch.allclose(out.cpu()[finite].float(), expected[finite].float(), rtol=1e-2, atol=step)
     swapped = torch.empty_like(rows)  # one side may be the other's peer: the bytes mean the same on both
     codec.decode(wire.cpu(), swapped, index)
-    assert torch.allclose(swapped[finite].float(), expected[finite].float(), rtol=1e-2, atol=1e-3)
+    assert torch.allclose(swapped[finite].float(), expected[finite].float(), rtol=1e-2, atol=step)

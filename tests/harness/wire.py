@@ -56,10 +56,16 @@ def name_of(function: Callable[..., Any]) -> FunctionName:
     """Name a top-level function so that another process can import it; `ValueError` for others."""
     qualified_name = getattr(function, "__qualname__", "")
     module = sys.modules.get(getattr(function, "__module__", ""))
-    if module is None or not qualified_name or "<locals>" in qualified_name or "<lambda>" in qualified_name:
+    if (
+        module is None
+        or module.__name__ == "__main__"
+        or not qualified_name
+        or "<locals>" in qualified_name
+        or "<lambda>" in qualified_name
+    ):
         raise ValueError(
             f"ranks.run got {function!r}: ranks run in other processes and import the function by name, "
-            "so it must be defined at the top level of a module"
+            "so it must be defined at the top level of a module that is not the running script"
         )
     file = getattr(module, "__file__", None)
     return FunctionName(module.__name__, "" if file is None else str(Path(file).resolve()), qualified_name)

@@ -43,7 +43,7 @@ def main(descriptor: int, stack_file: str, backend: str, preload: bool) -> None:
 
 
 def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
+    while os.getppid() == parent != 1:
         time.sleep(_PARENT_POLL_SECONDS)
     os._exit(1)
 

@@ -1,0 +1,68 @@
+# From nothing to a trained model: `make pretrain`. Every target makes what it needs first, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+STEPS ?= 300
+OUTPUT ?= output/gpt_moe
+ARGS ?=
+
+# One rank per GPU where there are several; else four ranks share the CPU, so that there is something to exchange.
+NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+RANKS ?= $(if $(filter-out 0 1,$(NUM_GPUS)),$(NUM_GPUS),4)
+ACCELERATOR ?= $(if $(filter-out 0 1,$(NUM_GPUS)),cuda,cpu)
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+COMPILED := $(VENV)/.compiled
+NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+PYTHON_SOURCES := $(wildcard planmoe_ds tests examples benchmarks megatron_patches) setup.py
+
+export PYTHON VENV
+
+.DEFAULT_GOAL := help
+.PHONY: help install pretrain test check format clean
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "make pretrain STEPS=600 RANKS=2 ARGS='--planmoe off --data my.txt' OUTPUT=output/mine"
+
+install: $(COMPILED) ## make .venv, install what is pinned, compile the extension
+
+pretrain: $(COMPILED) ## train a small GPT-MoE for about a minute; again: continue or evaluate
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=$(ACCELERATOR) PATH="$(abspath $(BIN)):$$PATH" \
+	    $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) \
+	    examples/gpt_moe/pretrain_deepspeed.py --steps $(STEPS) --output $(OUTPUT) $(ARGS)
+
+test: $(COMPILED) $(INSTALLED_DEV) ## run the tests; ARGS='tests/unit -x' for some
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(COMPILED) $(INSTALLED_DEV) ## ruff, mypy and clang-format; changes nothing
+	$(BIN)/ruff check $(PYTHON_SOURCES)
+	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+	$(BIN)/mypy
+	cd examples/gpt_moe && MYPYPATH=../.. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml *.py
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+
+format: $(INSTALLED_DEV) ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
+	$(BIN)/ruff format $(PYTHON_SOURCES)
+	$(BIN)/clang-format -i $(NATIVE_SOURCES)
+
+clean: ## remove .venv and everything built; outputs of runs stay
+	rm -rf $(VENV) build *.egg-info planmoe_ds/*.so
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements.txt scripts/bootstrap.sh
+	scripts/bootstrap.sh requirements.txt
+	@touch $@
+
+$(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
+	scripts/bootstrap.sh requirements-dev.txt
+	@touch $@
+
+$(COMPILED): $(INSTALLED) setup.py pyproject.toml $(NATIVE_SOURCES)
+	@echo "==> compiling planmoe_ds"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@

@@ -1,0 +1,34 @@
+# What the launch scripts share; sourced, not run. Sets HERE, PYTHON, RANKS and, by choose_script, SCRIPT and ARGUMENTS.
+# shellcheck shell=bash
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=$HERE/../../.venv/bin/python
+    [ -x "$PYTHON" ] || PYTHON=$(command -v python3)
+fi
+PATH="$(dirname "$PYTHON"):$PATH" # DeepSpeed looks for ninja there
+
+num_gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+if [ "$num_gpus" -gt 1 ]; then
+    RANKS=${RANKS:-$num_gpus}
+else
+    # NCCL wants a GPU per rank: with fewer than two, four ranks share the CPU.
+    RANKS=${RANKS:-4}
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# choose_script [SCRIPT] [ARGUMENTS...]: the first word is a script of this folder or a path, unless it is an option.
+choose_script() {
+    SCRIPT=$HERE/pretrain_deepspeed.py
+    if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+        SCRIPT=$1
+        [ -f "$SCRIPT" ] || SCRIPT=$HERE/$1
+        [ -f "$SCRIPT" ] || {
+            echo "error: there is no script '$1', neither here nor in $HERE" >&2
+            exit 2
+        }
+        shift
+    fi
+    ARGUMENTS=("$@")
+}

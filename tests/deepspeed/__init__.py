@@ -1,0 +1,1 @@
+"""planmoe under DeepSpeed, compared with DeepSpeed's own dispatch."""

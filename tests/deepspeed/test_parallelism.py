@@ -1,0 +1,79 @@
+"""Every arrangement of the ranks gives what DeepSpeed alone gives."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.deepspeed.tensor_parallel import SplitExpert, TwoByTwo, gather_works_on_gloo
+from tests.deepspeed.training import EXACT, Case, compare_with_stock, two_layers
+from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+DATA_BEFORE_EXPERT = {"use_data_before_expert_parallelism": True}
+WIRES = (
+    {**EXACT, "comm": "direct"},
+    {**EXACT, "comm": "pipe", "ranks_per_node": 2},
+    {"comm": "direct", "chunks": 3},
+    {"comm": "pipe", "chunks": 4, "ranks_per_node": 2, "chunk_by": "expert"},
+    {"comm": "pipe", "chunks": 16, "ranks_per_node": 1},
+    {"exactness": "exact", "chunks": 2},
+    {"exactness": "reordered", "chunks": 1},
+)
+DATA_PARALLEL = (
+    Case("expert-parallel size 1", two_layers(k=2, ep_size=1)),
+    Case("expert-parallel size 2", two_layers(k=2, ep_size=2)),
+    Case("expert-parallel size 2, top-1, no dropping", two_layers(k=1, ep_size=2, drop_tokens=False)),
+    Case("data before expert", two_layers(k=2, ep_size=2), DATA_BEFORE_EXPERT),
+    Case("another size in each layer", ({"k": 2, "ep_size": 2, "num_experts": 4}, {"k": 1, "ep_size": 4})),
+    Case("one expert per rank", two_layers(k=2, num_experts=4)),
+    Case("every algorithm and chunking", two_layers(k=2), sections=WIRES),
+)
+TENSOR_PARALLEL = (
+    Case("experts whole, size 2", two_layers(k=2, ep_size=2), make_mpu=TwoByTwo),
+    Case("experts whole, size 4", two_layers(k=2, ep_size=4), make_mpu=TwoByTwo),
+    Case("experts whole, no dropping", two_layers(k=2, drop_tokens=False), make_mpu=TwoByTwo),
+    Case("experts whole, top-3", two_layers(k=3), make_mpu=TwoByTwo),
+    Case("experts whole, top-1", two_layers(k=1, ep_size=2), make_mpu=TwoByTwo),
+    Case("experts whole, ZeRO-1", two_layers(k=2), {"zero_optimization": {"stage": 1}}, make_mpu=TwoByTwo),
+    Case(
+        "experts split",
+        two_layers(k=2, ep_size=2, enable_expert_tensor_parallelism=True),
+        make_expert=SplitExpert,
+        make_mpu=TwoByTwo,
+    ),
+    Case(
+        "experts split, top-1",
+        two_layers(k=1, ep_size=2, enable_expert_tensor_parallelism=True),
+        make_expert=SplitExpert,
+        make_mpu=TwoByTwo,
+    ),
+    Case(
+        "experts split, size 1",
+        two_layers(k=2, ep_size=1, enable_expert_tensor_parallelism=True),
+        make_expert=SplitExpert,
+        make_mpu=TwoByTwo,
+    ),
+)
+
+
+def compare_tensor_parallel(case: Case) -> list[str]:
+    """compare_with_stock where tensor-parallel ranks exchange tokens."""
+    with gather_works_on_gloo():
+        return compare_with_stock(case)
+
+
+@pytest.mark.parametrize("case", DATA_PARALLEL, ids=str)
+def test_expert_parallel_sizes(ranks: RankPool, case: Case) -> None:
+    assert ranks.run(4, compare_with_stock, case, timeout=120) == [[]] * 4
+
+
+@pytest.mark.parametrize("case", TENSOR_PARALLEL, ids=str)
+def test_tensor_parallel(ranks: RankPool, case: Case) -> None:
+    assert ranks.run(4, compare_tensor_parallel, case, timeout=120) == [[]] * 4
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fewer_ranks(ranks: RankPool, world_size: int) -> None:
+    case = Case(f"{world_size} ranks", two_layers(k=2, ep_size=world_size))
+    assert ranks.run(world_size, compare_with_stock, case) == [[]] * world_size

@@ -1,0 +1,104 @@
+"""The example's parts that need no rank: launchers' variables, data, and the record of a run."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("example_path")
+
+ENVIRONMENTS = {
+    "torchrun": {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+    "Open MPI": {
+        "OMPI_COMM_WORLD_RANK": "5",
+        "OMPI_COMM_WORLD_SIZE": "8",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    },
+    "MPICH": {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"},
+    "srun": {
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "5",
+        "SLURM_NTASKS": "8",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS_PER_NODE": "4",
+    },
+}
+
+
+def load(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+def test_every_launcher_leads_to_one_environment(environment: dict[str, str]) -> None:
+    variables = {**environment, "MASTER_ADDR": "first"}
+    place = load("launch_env").prepare_environment(variables)
+    assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
+    assert {**variables, **ENVIRONMENTS["torchrun"], "MASTER_PORT": "29500"} == variables
+
+
+def test_no_launcher_means_one_rank_on_this_machine() -> None:
+    variables: dict[str, str] = {}
+    assert load("launch_env").prepare_environment(variables).world_size == 1
+    assert variables["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_a_batch_script_is_no_rank() -> None:
+    assert load("launch_env").place_from({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).world_size == 1
+
+
+def test_several_machines_need_an_address() -> None:
+    with pytest.raises(ValueError, match="MASTER_ADDR is not set and 8 ranks run on several machines"):
+        load("launch_env").prepare_environment(dict(ENVIRONMENTS["Open MPI"]))
+
+
+@pytest.mark.parametrize(("value", "message"), [(None, "is not set"), ("four", "is 'four', not a number")])
+def test_a_broken_variable_is_named(value: str | None, message: str) -> None:
+    variables = {"RANK": "0", "LOCAL_RANK": "0"} | ({} if value is None else {"WORLD_SIZE": value})
+    with pytest.raises(ValueError, match=f"WORLD_SIZE {message}"):
+        load("launch_env").place_from(variables)
+
+
+def test_training_and_validation_bytes_are_all_bytes_once(tmp_path: Path) -> None:
+    contents = [bytes(range(100)), bytes(range(100, 200))]
+    paths = [tmp_path / name for name in ("first", "second")]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    data = load("data").load_bytes(paths, sequence_length=4)
+    assert data.validation.tolist() == [*range(95, 100), *range(195, 200)]
+    assert sorted(data.training.tolist() + data.validation.tolist()) == list(range(200))
+
+
+def test_a_batch_depends_on_its_index_alone(tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(bytes(range(250)) * 8)
+    data = load("data").load_bytes([tmp_path / "bytes"], sequence_length=16)
+    inputs, targets = data.batch("training", 3, (4, 16), 1)
+    again, _ = data.batch("training", 3, (4, 16), 1)
+    other, _ = data.batch("training", 4, (4, 16), 1)
+    assert inputs.shape == targets.shape == (4, 16)
+    assert inputs.equal(again)
+    assert not inputs.equal(other)
+    assert inputs[:, 1:].equal(targets[:, :-1])
+
+
+def test_standard_library_sources_come_in_one_order() -> None:
+    files = load("data").standard_library_files()
+    assert len(files) > 100
+    assert files == sorted(files)
+    assert not [path for path in files if "site-packages" in path.parts]
+
+
+def test_a_history_is_read_up_to_the_checkpoint(tmp_path: Path) -> None:
+    history = load("history")
+    names = ",".join(history.StepRecord.__dataclass_fields__)
+    path = tmp_path / "metrics.csv"
+    path.write_text(f"{names}\n1,5.5,0.1,1,1,1,1,1,1,1\n2,5.0,0.1,1,1,1,1,1,1,1\n", encoding="utf-8")
+    assert [record.loss for record in history.read_history(path, last_step=1)] == [5.5]
+    assert history.read_history(path, last_step=0) == []
+    path.write_text("other,columns\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has other columns"):
+        history.read_history(path, last_step=2)
