@@ -26,7 +26,7 @@ at::Tensor encode_on_device(const at::Tensor& rows, int64_t width) {
   auto codes = at::round(at::nan_to_num(padded * inverse)).clamp(-127, 127).to(at::kChar);
   scale = at::where(finite, scale, at::full_like(scale, std::numeric_limits<float>::quiet_NaN()));
   auto wire = at::zeros({rows.size(0), width}, rows.options().dtype(at::kByte));
-  wire.narrow(1, 0, hidden).copy_(codes.view({rows.size(0), -1}).narrow(1, 0, hidden).view(at::kByte));
+  wire.narrow(1, 0, hidden).copy_(codes.view({rows.size(0), blocks * kBlock}).narrow(1, 0, hidden).view(at::kByte));
   wire.narrow(1, code_bytes(hidden), 4 * blocks).copy_(scale.view({rows.size(0), blocks}).view(at::kByte));
   return wire;
 }

@@ -144,6 +144,7 @@ def test_cuda_decodes_what_the_cpu_does(name: str, dtype: torch.dtype, hidden: i
     codec, rows = make_compressor(name), normal(64, hidden, dtype)
     rows[3, hidden // 2] = math.nan
     index = torch.arange(63, -1, -1)
+    assert codec.encode(rows[:0].cuda()).shape == (0, codec.row_bytes(hidden, dtype))
     wire = codec.encode(rows.cuda(), index.cuda())
     out = torch.empty_like(rows, device="cuda")
     codec.decode(wire, out, index.cuda())

@@ -80,7 +80,7 @@ def run_engine(layer: ExpertParallelLayer, experts: list[nn.Module], seed: int) 
     loss.backward(retain_graph=True)
     first = leaf.grad.clone()
     loss.backward()
-    assert torch.allclose(leaf.grad, 2 * first, rtol=1e-6, atol=0)
+    assert torch.allclose(leaf.grad, 2 * first, rtol=1e-6, atol=0 if device.type == "cpu" else 1e-5)  # CUDA: atomics
     grads = [[parameter.grad.cpu() / 2 for parameter in expert.parameters()] for expert in local]
     return Gradients(output.detach().cpu(), leaf.grad.cpu() / 2, weight.grad.cpu() / 2, grads)
 
