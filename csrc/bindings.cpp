@@ -52,6 +52,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<AbstractComm, std::shared_ptr<AbstractComm>>(module, "Comm")
       .def_property_readonly("rank", &AbstractComm::rank)
       .def_property_readonly("size", &AbstractComm::size)
+      .def("close", &AbstractComm::close, NoGil())
       .def(
           "start",
           [](AbstractComm& comm, at::Tensor send, std::vector<int64_t> send_rows, at::Tensor recv,

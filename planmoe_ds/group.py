@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -67,6 +68,7 @@ def connect(my_groups: dict[str, list[int]], config: PlanMoEConfig, device: torc
     for ranks in sorted({tuple(ranks) for ranks in my_groups.values()}):
         comm = make_comm(config.comm, made[ranks], [nodes[rank] for rank in ranks], device, milliseconds)
         connected[ranks] = ExpertGroup(comm, ranks)
+        weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends, before the interpreter
     return {name: connected[tuple(ranks)] for name, ranks in my_groups.items()}
 
 

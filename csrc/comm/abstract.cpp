@@ -69,7 +69,18 @@ void AbstractComm::connect_everyone() const {
   }
 }
 
+Link& AbstractComm::add_link(size_t group, std::string lane) {
+  links_.push_back(make_link(options_.groups[group], std::move(lane), options_.device, options_.timeout_ms));
+  return *links_.back();
+}
+
+void AbstractComm::close() {
+  links_.clear();
+  options_.groups.clear();
+}
+
 std::shared_ptr<Exchange> AbstractComm::start(ExchangeSpec spec) {
+  TORCH_CHECK_VALUE(!links_.empty(), "this all-to-all was closed");
   check(spec);
   spec.send = as_bytes(spec.send);
   spec.recv = as_bytes(spec.recv);

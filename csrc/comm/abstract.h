@@ -55,6 +55,10 @@ class AbstractComm {
   // Exchanges of one instance run in the order of the calls, which must be the same on every rank.
   std::shared_ptr<Exchange> start(ExchangeSpec spec);
 
+  // Ends the links' threads and lets go of the process groups; no exchange can start after. Call it before the
+  // interpreter goes: threads that outlive it may be killed half-way.
+  void close();
+
   int64_t rank() const { return rank_; }
   int64_t size() const { return size_; }
 
@@ -62,13 +66,15 @@ class AbstractComm {
   // `tag` differs between exchanges in flight. Views in `spec` are bytes: uint8 [rows, row_bytes].
   virtual std::shared_ptr<Exchange> post(const ExchangeSpec& spec, int tag) = 0;
 
-  const CommOptions& options() const { return options_; }
+  // A link over options.groups[group]; it lives as long as this, or until close().
+  Link& add_link(size_t group, std::string lane);
 
  private:
   void check(const ExchangeSpec& spec) const;
   void connect_everyone() const;
 
   CommOptions options_;
+  std::vector<std::unique_ptr<Link>> links_;
   int64_t rank_;
   int64_t size_;
   int next_tag_ = 0;

@@ -7,19 +7,17 @@ namespace {
 class DirectComm final : public AbstractComm {
  public:
   explicit DirectComm(const CommOptions& options)
-      : AbstractComm(options),
-        everyone_(size(), true),
-        link_(make_link(options.groups[0], "exchange", options.device, options.timeout_ms)) {}
+      : AbstractComm(options), everyone_(size(), true), link_(add_link(0, "exchange")) {}
 
  protected:
   std::shared_ptr<Exchange> post(const ExchangeSpec& spec, int tag) override {
     return std::make_shared<Exchange>(
-        std::vector<std::shared_ptr<Transfer>>{link_->post(make_leg(spec, rank(), everyone_, tag))});
+        std::vector<std::shared_ptr<Transfer>>{link_.post(make_leg(spec, rank(), everyone_, tag))});
   }
 
  private:
   std::vector<bool> everyone_;
-  std::unique_ptr<Link> link_;
+  Link& link_;
 };
 
 PLANMOE_REGISTER_COMM("direct", DirectComm);

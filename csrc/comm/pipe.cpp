@@ -16,8 +16,8 @@ class PipeComm final : public AbstractComm {
       same_node_[peer] = options.node_of_rank[peer] == options.node_of_rank[rank()];
       other_node_[peer] = !same_node_[peer];
     }
-    intra_ = make_link(options.groups[0], "intra", options.device, options.timeout_ms);
-    inter_ = make_link(options.groups[1], "inter", options.device, options.timeout_ms);
+    intra_ = &add_link(0, "intra");
+    inter_ = &add_link(1, "inter");
   }
 
  protected:
@@ -32,8 +32,8 @@ class PipeComm final : public AbstractComm {
  private:
   std::vector<bool> same_node_;
   std::vector<bool> other_node_;
-  std::unique_ptr<Link> intra_;
-  std::unique_ptr<Link> inter_;
+  Link* intra_ = nullptr;
+  Link* inter_ = nullptr;
 };
 
 PLANMOE_REGISTER_COMM("pipe", PipeComm);

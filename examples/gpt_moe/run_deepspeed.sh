@@ -24,6 +24,6 @@ if [ -n "$hostfile" ]; then
     [ -f "$hostfile" ] || { echo "error: there is no hostfile '$hostfile'" >&2; exit 2; }
     options+=(--hostfile "$hostfile")
 else
-    options+=(--num_accelerators "$RANKS")
+    options+=(--num_accelerators "$RANKS" --master_port "$(local_port)")
 fi
 exec "$PYTHON" -m deepspeed.launcher.runner "${options[@]}" "$SCRIPT" "${ARGUMENTS[@]}"

@@ -162,3 +162,18 @@ def wait_for_an_absent_peer(name: str) -> float:
 def test_a_wait_is_bounded(ranks: RankPool, name: str) -> None:
     seconds = ranks.run(2, wait_for_an_absent_peer, name, fresh=True)[0]
     assert 1.5 < seconds < 3.9
+
+
+def close_and_start(name: str) -> None:
+    comm = new_comm(name)
+    rows = torch.zeros(2, 3)
+    comm.start(rows, [1, 1], torch.ones(2, 3), [1, 1]).wait()
+    comm.close()
+    comm.close()
+    with pytest.raises(ValueError, match="was closed"):
+        comm.start(rows, [1, 1], torch.ones(2, 3), [1, 1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_closed_one_starts_nothing(ranks: RankPool, name: str) -> None:
+    ranks.run(2, close_and_start, name)

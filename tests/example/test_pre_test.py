@@ -41,9 +41,9 @@ def test_a_difference_fails_and_is_named() -> None:
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed (apt-get install openmpi-bin)")
 def test_mpirun_starts_it() -> None:
-    done = start([EXAMPLE / "run_mpi.sh", "-n", 2, "pre_test.py", *TINY])
+    done = start([EXAMPLE / "run_mpi.sh", "-n", 4, "pre_test.py", *TINY])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 ranks on cpu" in done.stdout
+    assert "4 ranks on cpu" in done.stdout
     assert "PASSED" in done.stdout
 
 
