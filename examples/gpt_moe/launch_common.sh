@@ -18,17 +18,12 @@ else
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# A port for the ranks of one machine to meet on: MASTER_PORT if set, else one that is free.
+# local_port: where the ranks of one machine meet: MASTER_PORT if set, else a free one, so that two runs never mix.
 local_port() {
     echo "${MASTER_PORT:-$("$PYTHON" -c 'import socket
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     print(probe.getsockname()[1])')}"
-}
-
-# free_port: a port nobody listens on here, so that two runs on one machine do not meet in one store.
-free_port() {
-    "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
 }
 
 # choose_script [SCRIPT] [ARGUMENTS...]: the first word is a script of this folder or a path, unless it is an option.

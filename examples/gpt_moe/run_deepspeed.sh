@@ -4,11 +4,12 @@
 #   run_deepspeed.sh [-n RANKS] [-H HOSTFILE] [SCRIPT] [ARGUMENTS...]
 #
 # HOSTFILE is DeepSpeed's: a line "machine slots=8" per machine, reachable by ssh without a password, with the
-# repository, .venv and --output at the same path. Environment: MASTER_PORT (29500), PYTHON.
+# repository, .venv and --output at the same path. Environment: MASTER_PORT (29500; on one
+# machine a free one), PYTHON.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 
-options=(--master_port "${MASTER_PORT:-29500}")
+options=()
 hostfile=""
 while getopts "n:H:" option; do
     case $option in
@@ -22,7 +23,7 @@ choose_script "$@"
 
 if [ -n "$hostfile" ]; then
     [ -f "$hostfile" ] || { echo "error: there is no hostfile '$hostfile'" >&2; exit 2; }
-    options+=(--hostfile "$hostfile")
+    options+=(--hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}")
 else
     options+=(--num_accelerators "$RANKS" --master_port "$(local_port)")
 fi

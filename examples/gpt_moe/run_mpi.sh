@@ -7,8 +7,8 @@
 # Several machines: run_mpi.sh -n 16 -H hosts pretrain_deepspeed.py --steps 1000
 #
 # HOSTFILE is Open MPI's: a line "machine slots=8" per machine, the first one holds rank 0. The repository, .venv and
-# --output must be at the same path on all of them. Environment: MASTER_PORT (29500, on one machine a free one), PYTHON, MPIRUN_ARGUMENTS (more
-# options for mpirun, such as "--mca btl_tcp_if_include eth0").
+# --output must be at the same path on all of them. Environment: MASTER_PORT (29500; on one machine a free one), PYTHON,
+# MPIRUN_ARGUMENTS (more options for mpirun, such as "--mca btl_tcp_if_include eth0").
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 
@@ -31,14 +31,15 @@ options=(-np "$RANKS" --bind-to none -x PATH -x OMP_NUM_THREADS)
 [ "$(id -u)" -eq 0 ] && options+=(--allow-run-as-root --oversubscribe)
 [ -n "${DS_ACCELERATOR:-}" ] && options+=(-x DS_ACCELERATOR)
 [ -n "${PYTHONPATH:-}" ] && options+=(-x PYTHONPATH)
-MASTER_ADDR=127.0.0.1
-[ -n "$hostfile" ] || MASTER_PORT=$(local_port)
 if [ -n "$hostfile" ]; then
     [ -f "$hostfile" ] || { echo "error: there is no hostfile '$hostfile'" >&2; exit 2; }
     MASTER_ADDR=$(awk '!/^[ \t]*(#|$)/ { print $1; exit }' "$hostfile")
     MASTER_PORT=${MASTER_PORT:-29500}
     options+=(--hostfile "$hostfile")
+else
+    MASTER_ADDR=127.0.0.1
+    MASTER_PORT=$(local_port)
 fi
-export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$(free_port)}
+export MASTER_ADDR MASTER_PORT
 # shellcheck disable=SC2086  # several words on purpose
 exec mpirun "${options[@]}" -x MASTER_ADDR -x MASTER_PORT ${MPIRUN_ARGUMENTS:-} "$PYTHON" -u "$SCRIPT" "${ARGUMENTS[@]}"
