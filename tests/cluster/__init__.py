@@ -1,0 +1,1 @@
+"""The emulated cluster of benchmarks/cluster."""
