@@ -40,5 +40,36 @@ def doctor(
     raise typer.Exit(0 if is_usable(findings) else 1)
 
 
+@app.command()
+def probe(
+    ranks_per_node: Annotated[
+        str | None,
+        typer.Option(
+            help="Ranks on each node: one number, or one per node such as 4,4,2. Default: found.", metavar="N"
+        ),
+    ] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure even if costs are kept already.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure what the links inside and between nodes cost, and keep it; a few seconds.
+
+    Every rank runs it: torchrun --nproc-per-node 4 --no-python planmoe probe
+    """
+    counts = None if ranks_per_node is None else _counts(ranks_per_node)
+    from planmoe_ds.probe_command import run
+
+    raise typer.Exit(run(counts, refresh=refresh, as_json=json))
+
+
+def _counts(text: str) -> int | list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise typer.BadParameter(
+            f"'{text}' is not a positive number, nor one per node such as 4,4,2", param_hint="--ranks-per-node"
+        )
+    counts = [int(word) for word in words]
+    return counts[0] if len(counts) == 1 else counts
+
+
 if __name__ == "__main__":
     app()

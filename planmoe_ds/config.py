@@ -36,6 +36,10 @@ def _known(kind: str, name: str, names: list[str]) -> str:
     raise ValueError(f"unknown {kind} '{name}'; known: {', '.join(names)}{hint}")
 
 
+AUTO = "auto"
+_SUMS_ON_THE_WAY = "dedup"  # the all-to-all that adds up inside the node before rows cross back
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -61,7 +65,9 @@ class PlanMoEConfig(_Section):
     """Everything planmoe can be told; unknown keys are rejected."""
 
     enabled: bool = Field(True, description="false leaves the framework's own dispatch in place")
-    comm: str = Field("direct", description="all-to-all algorithm, one of the registered ones")
+    comm: str = Field(
+        "direct", description="all-to-all algorithm, one of the registered ones, or 'auto': the best for the links"
+    )
     chunks: int = Field(2, ge=1, le=16, description="pieces a layer's rows are pipelined in")
     chunk_by: ChunkBy = Field(
         ChunkBy.TOKEN, strict=False, description="'token' (even pieces) or 'expert' (GEMM sizes stay whole)"
@@ -73,8 +79,8 @@ class PlanMoEConfig(_Section):
     exactness: Exactness | None = Field(
         None, strict=False, description="'exact', 'reordered' or 'lossy'; by default what the codecs imply"
     )
-    ranks_per_node: int | None = Field(
-        None, ge=1, description="ranks on one node; by default found from the hosts' names"
+    ranks_per_node: int | tuple[int, ...] | None = Field(
+        None, description="ranks on every node, one number or a list of one per node; by default found from the hosts"
     )
     timeout_seconds: float | None = Field(
         None,
@@ -86,7 +92,15 @@ class PlanMoEConfig(_Section):
     @field_validator("comm")
     @classmethod
     def _known_comm(cls, name: str) -> str:
-        return _known("all-to-all algorithm", name, backend.comm_names())
+        return _known("all-to-all algorithm", name, [AUTO, *backend.comm_names()])
+
+    @field_validator("ranks_per_node", mode="before")
+    @classmethod
+    def _positive_counts(cls, value: Any) -> Any:
+        counts = value if isinstance(value, list | tuple) else [value]
+        if value is not None and not (counts and all(type(count) is int and count >= 1 for count in counts)):
+            raise ValueError("must be an integer of 1 or more, or a list of such integers, one per node")
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("compression", mode="before")
     @classmethod
@@ -107,6 +121,11 @@ class PlanMoEConfig(_Section):
             raise ValueError(
                 f"exactness '{self.exactness.value}' excludes lossy codecs, compression is "
                 f"{self.compression.model_dump()}; set exactness to 'lossy' or compression to 'none'"
+            )
+        if self.exactness is Exactness.EXACT and self.comm == _SUMS_ON_THE_WAY:
+            raise ValueError(
+                f"exactness 'exact' excludes comm '{self.comm}', which adds up inside a node before rows cross back "
+                "and so in another order; set exactness to 'reordered' or comm to 'pipe', 'direct' or 'auto'"
             )
         return self
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import weakref
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 
-from planmoe_ds.backend import Comm, Exchange, make_comm
+from planmoe_ds.backend import (
+    ChunkRows,
+    Comm,
+    Exchange,
+    ExchangeSpec,
+    Itinerary,
+    LaunchLedger,
+    RowRoutes,
+    RowSums,
+    make_comm,
+)
 from planmoe_ds.config import PlanMoEConfig
 from planmoe_ds.errors import PlanMoEMismatchError
+from planmoe_ds.threads import batch_threads
+from planmoe_ds.topology import find_topology
 
 NUM_LINKS = 2  # process groups per set of ranks: one for the links inside nodes, one between them
 
@@ -27,28 +38,113 @@ class Arrival:
 
 
 @dataclass(frozen=True)
+class Sides:
+    """Wire rows, uint8 [rows, W], from or to the ranks of this node (near) and of others (far)."""
+
+    near: torch.Tensor
+    far: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SideRows:
+    """Numbers of rows for every rank of the group; zero for the ranks of the other side."""
+
+    near: list[int]
+    far: list[int]
+
+
+@dataclass(frozen=True)
+class SidedArrival:
+    """Both sides' rows on their way."""
+
+    rows: Sides
+    exchange: Exchange | None
+
+
+@dataclass(frozen=True)
 class ExpertGroup:
-    """A set of ranks with an all-to-all of its own; group ranks throughout."""
+    """A set of ranks with an all-to-all of its own; group ranks throughout.
+
+    ledger: the launches of all groups of this process; number: this group's among them, the same on every rank.
+    """
 
     comm: Comm
     global_ranks: tuple[int, ...]
+    ledger: LaunchLedger
+    number: int
 
     @property
     def rank(self) -> int:
         """This process's rank in the group."""
         return self.comm.rank
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of ranks."""
         return self.comm.size
+
+    @cached_property
+    def is_near(self) -> torch.Tensor:
+        """bool [P]: the ranks on this rank's node, itself among them."""
+        nodes = torch.tensor(self.comm.node_of_rank)
+        return nodes == nodes[self.rank]
+
+    def launch_digests(self) -> list[int]:
+        """For every rank, a digest of the order in which this one launched the exchanges of groups they share."""
+        return self.ledger.digests(self.global_ranks)
 
     def exchange(self, send: torch.Tensor, send_rows: list[int], recv_rows: list[int]) -> Arrival:
         """Start moving `send` [sum(send_rows), W]; returns rows [sum(recv_rows), W] on their way."""
         if self.size == 1:
             return Arrival(send, None)
         recv = send.new_empty((sum(recv_rows), send.shape[1]))
+        self._record()
         return Arrival(recv, self.comm.start(send, send_rows, recv, recv_rows))
+
+    def buffer(self, num_rows: int, width: int) -> torch.Tensor:
+        """uint8 [num_rows, width] to send or receive; it is used again once nobody holds it."""
+        return self.comm.take_buffer(num_rows, width)
+
+    def exchange_sides(self, send: Sides, send_rows: SideRows, recv_rows: SideRows) -> SidedArrival:
+        """Start moving wire rows [sum(send_rows), W] to the ranks of this node and of others as one exchange."""
+        if self.size == 1:
+            return SidedArrival(send, None)
+        recv = self._buffers(sum(recv_rows.near), sum(recv_rows.far), send)
+        parts = [
+            ExchangeSpec(send.far, send_rows.far, recv.far, recv_rows.far),
+            ExchangeSpec(send.near, send_rows.near, recv.near, recv_rows.near),
+        ]
+        self._record()
+        return SidedArrival(recv, self.comm.start_parts(parts))
+
+    def dispatch(self, send: Sides, itinerary: Itinerary, routes: RowRoutes) -> SidedArrival:
+        """Start a chunk's way out; returns rows as long as those of `send`."""
+        if self.size == 1:
+            return SidedArrival(send, None)
+        recv = self._buffers(sum(itinerary.near_received), sum(itinerary.far_received), send)
+        self._record()
+        return SidedArrival(recv, self.comm.dispatch(_chunk_rows(send, recv), itinerary, routes))
+
+    def combine(self, send: Sides, itinerary: Itinerary, sums: RowSums, far_width: int) -> SidedArrival:
+        """Start a chunk's way back; far rows return `far_width` bytes wide."""
+        if self.size == 1:
+            return SidedArrival(send, None)
+        recv = Sides(
+            self.buffer(sum(itinerary.near_sent), send.near.shape[1]),
+            self.buffer(sum(itinerary.far_sent), far_width),
+        )
+        self._record()
+        return SidedArrival(recv, self.comm.combine(_chunk_rows(send, recv), itinerary, sums))
+
+    def _buffers(self, num_near: int, num_far: int, like: Sides) -> Sides:
+        return Sides(self.buffer(num_near, like.near.shape[1]), self.buffer(num_far, like.far.shape[1]))
+
+    def _record(self) -> None:
+        self.ledger.record(self.number, self.global_ranks)
+
+
+def _chunk_rows(send: Sides, recv: Sides) -> ChunkRows:
+    return ChunkRows(near_send=send.near, far_send=send.far, near_recv=recv.near, far_recv=recv.far)
 
 
 def connect(my_groups: dict[str, list[int]], config: PlanMoEConfig, device: torch.device) -> dict[str, ExpertGroup]:
@@ -61,14 +157,16 @@ def connect(my_groups: dict[str, list[int]], config: PlanMoEConfig, device: torc
     _check_membership(everyone)
     timeout = timedelta(seconds=config.timeout_seconds) if config.timeout_seconds is not None else None
     distinct = sorted({tuple(ranks) for groups in everyone for ranks in groups.values()})
-    made = {ranks: [dist.new_group(list(ranks), timeout=timeout) for _ in range(NUM_LINKS)] for ranks in distinct}
-    nodes = _node_of_rank(config.ranks_per_node)
+    nodes = find_topology(config.ranks_per_node).node_of_rank
     milliseconds = round(config.timeout_seconds * 1000) if config.timeout_seconds is not None else 0
+    ledger = LaunchLedger(dist.get_world_size())
     connected: dict[tuple[int, ...], ExpertGroup] = {}
-    for ranks in sorted({tuple(ranks) for ranks in my_groups.values()}):
-        comm = make_comm(config.comm, made[ranks], [nodes[rank] for rank in ranks], device, milliseconds)
-        connected[ranks] = ExpertGroup(comm, ranks)
-        weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends, before the interpreter
+    with batch_threads():
+        made = {ranks: [dist.new_group(list(ranks), timeout=timeout) for _ in range(NUM_LINKS)] for ranks in distinct}
+        for ranks in sorted({tuple(ranks) for ranks in my_groups.values()}):
+            comm = make_comm(config.comm, made[ranks], [nodes[rank] for rank in ranks], device, milliseconds)
+            connected[ranks] = ExpertGroup(comm, ranks, ledger, distinct.index(ranks))
+            weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends
     return {name: connected[tuple(ranks)] for name, ranks in my_groups.items()}
 
 
@@ -81,14 +179,3 @@ def _check_membership(everyone: list[dict[str, list[int]]]) -> None:
                     f"group '{name}': rank {rank} names the ranks {ranks}, its members name {named}; every rank of a "
                     "group must list the same ranks, its own among them"
                 )
-
-
-def _node_of_rank(ranks_per_node: int | None) -> list[int]:
-    """Node index of every rank of the world, from the config or from the hosts' names."""
-    world_size = dist.get_world_size()
-    if ranks_per_node is not None:
-        return [rank // ranks_per_node for rank in range(world_size)]
-    hosts: list[str] = [""] * world_size
-    dist.all_gather_object(hosts, f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}")
-    index = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
-    return [index[host] for host in hosts]

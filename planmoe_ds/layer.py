@@ -1,6 +1,6 @@
 """The data's path through one MoE layer: start reading here.
 
-Shape legend: T tokens, K routes per token, H hidden size, N rows sent (one per kept route).
+Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank (one per kept route).
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.pipeline import Codecs, LayerCall, run_experts
-from planmoe_ds.plan import Header, Routes, RowOrder, build_plan, order_rows
+from planmoe_ds.plan import Header, PlanRequest, Routes, build_plan
 from planmoe_ds.recorder import Label, Recorder
+from planmoe_ds.rows import RowOrder, order_rows
+from planmoe_ds.wire import token_columns
 
 
 @dataclass(kw_only=True)
@@ -30,28 +32,48 @@ class ExpertParallelLayer:
 
     def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts) -> torch.Tensor:
         """Tokens [T, H] and the router's decision -> the weighted sum of the experts' outputs, [T, H]."""
-        order = self.order(routes, len(experts.modules))
-        rows_NH = self.expert_rows(tokens_TH, order, routes, experts)
-        return combine(rows_NH, order.row_of_route_KT, routes.weight_KT)
+        if self.config.resolved_exactness is not Exactness.EXACT:
+            return self._run(tokens_TH, routes, experts, None)
+        order = self.order(routes)
+        return combine(self._run(tokens_TH, routes, experts, order), order.row_of_route_KT, routes.weight_KT)
 
-    def order(self, routes: Routes, experts_per_rank: int) -> RowOrder:
-        """The order in which this rank's rows leave."""
-        return order_rows(routes, self.num_chunks, self.config.chunk_by, experts_per_rank)
+    def order(self, routes: Routes) -> RowOrder:
+        """The order of this rank's rows."""
+        config = self.config
+        return order_rows(
+            routes.expert_KT, routes.slot_KT, routes.num_experts, self.num_chunks, config.chunk_by, self.group.size
+        )
 
-    def expert_rows(
-        self, tokens_TH: torch.Tensor, order: RowOrder, routes: Routes, experts: LocalExperts
+    def route_outputs(self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts) -> torch.Tensor:
+        """Tokens [T, H] that have one route each -> the experts' outputs [T, H], not weighted."""
+        order = self.order(routes)
+        return self._run(tokens_TH, routes, experts, order).index_select(0, order.row_of_route_KT)
+
+    def _run(
+        self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts, order: RowOrder | None
     ) -> torch.Tensor:
-        """Tokens [T, H] -> the experts' outputs for this rank's rows, [N, H], not weighted yet."""
-        header = Header(self.index, tokens_TH.shape[1], tokens_TH.element_size())
-        padded = routes.capacity if self._recreates_padding else None
+        columns = token_columns(routes.expert_KT, routes.weight_KT, routes.num_experts, order)
+        header = Header(self.index, tokens_TH.shape[1], tokens_TH.element_size(), routes.expert_KT.shape[0])
+        request = PlanRequest(
+            num_chunks=self.num_chunks,
+            chunk_by=self.config.chunk_by,
+            header=header,
+            row_bytes=tokens_TH.shape[1] * tokens_TH.element_size(),
+            padded_capacity=routes.capacity if self._recreates_padding else None,
+            row_order=order,
+        )
         label = Label("plan", self.index, -1, "forward")
-        plan = build_plan(order, self.group, header, padded, self.recorder, label)
+        plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
         keep_graph = torch.is_grad_enabled()
         check_leaves = keep_graph and not self._leaves_checked
-        call = LayerCall(plan, experts, self.group, self.codecs, self.recorder, self.index, keep_graph, check_leaves)
-        rows_NH = run_experts(tokens_TH.contiguous(), call)
+        token_N = None if order is None else order.token_N
+        call = LayerCall(
+            plan, columns, tokens_TH.shape[1], tokens_TH.dtype, experts, self.group, self.codecs, self.recorder,
+            self.index, token_N, keep_graph, check_leaves,
+        )  # fmt: skip
+        result = run_experts(tokens_TH.contiguous(), routes.weight_KT, call)
         self._leaves_checked |= check_leaves
-        return rows_NH
+        return result
 
     @property
     def num_chunks(self) -> int:

@@ -1,7 +1,8 @@
 """Where every row of one layer call goes: computed once from the router's decision, never changed after.
 
 Shape legend: T tokens, K routes per token, H hidden size, E experts in the group, L experts per rank, P ranks,
-N rows this rank sends (one per kept route), R rows a chunk receives, C capacity (slots per expert and source rank).
+X chunks, B pieces of a message between nodes, G most ranks on a node, N rows of this rank (one per kept route),
+C capacity (slots per expert and source rank). Near ranks are on this rank's node, far ones on others.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from dataclasses import astuple, dataclass, fields
 
 import torch
 
+from planmoe_ds.backend import Itinerary, RowRoutes, TokenOrder, order_tokens
 from planmoe_ds.config import ChunkBy
 from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.recorder import Label, Recorder
+from planmoe_ds.rows import RowOrder, RowTrip, plan_row_trip
 
 NO_ROUTE = -1  # expert index of a route that the router dropped
+PIECE_BYTES = 1 << 17  # messages between nodes are not cut into smaller pieces than this
 
 
 @dataclass(frozen=True)
@@ -54,63 +58,59 @@ class ExpertLayout:
 
 
 @dataclass(frozen=True)
-class ChunkPlan:
-    """One chunk: rows first_row.. of the plan's N go out in send_rows, recv_rows come in, to `position_R`."""
+class SidePlan:
+    """A chunk's rows from and to the ranks of one side, near or far.
 
-    first_row: int
-    num_rows: int
-    send_rows: list[int]
-    recv_rows: list[int]
-    position_R: torch.Tensor | None  # int64, row of the buffer; None: received rows are the buffer
+    token: int64, the token behind each row that is sent; received_rows: P numbers; num_entries: rows that the experts
+    get from what is received.
+    """
+
+    token: torch.Tensor
+    received_rows: list[int]
+    num_entries: int
+
+    @property
+    def num_received(self) -> int:
+        """Rows that arrive."""
+        return sum(self.received_rows)
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """One chunk: its rows' way, the experts it concerns, and where its rows lie in the experts' buffer.
+
+    experts: range of local experts; base_PL: P * L numbers, where a source's rows for an expert start in the buffer;
+    rows: set where expert outputs travel back row by row instead of summed.
+    """
+
+    itinerary: Itinerary
+    near: SidePlan
+    far: SidePlan
+    experts: tuple[int, int]
+    base_PL: list[int]
     layout: ExpertLayout
+    rows: RowTrip | None
 
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """All chunks of one layer call. Rows are sorted by chunk, expert, slot.
+    """All chunks of one layer call."""
 
-    token_N: int64, the token behind each row; row_of_route_KT: int64 [K * T], N where the route was dropped.
-    """
-
-    token_N: torch.Tensor
-    row_of_route_KT: torch.Tensor
     chunks: tuple[ChunkPlan, ...]
+    first_expert: int  # of this rank
+    experts_per_rank: int
 
-    @property
-    def num_rows(self) -> int:
-        """N."""
-        return self.token_N.shape[0]
-
-
-@dataclass(frozen=True)
-class RowOrder:
-    """Local half of a plan: the order of this rank's rows and how many each chunk has per expert."""
-
-    token_N: torch.Tensor
-    row_of_route_KT: torch.Tensor
-    counts_chunk_E: torch.Tensor  # int64
-
-
-def order_rows(routes: Routes, num_chunks: int, chunk_by: ChunkBy, experts_per_rank: int) -> RowOrder:
-    """Sort this rank's kept routes by chunk, expert and slot."""
-    num_routes, num_tokens = routes.expert_KT.shape
-    expert = routes.expert_KT.reshape(-1).long()
-    slot = routes.slot_KT.reshape(-1).long()
-    route = torch.arange(expert.shape[0], device=expert.device)
-    if chunk_by is ChunkBy.TOKEN:
-        chunk = (route % max(num_tokens, 1)) * num_chunks // max(num_tokens, 1)
-    else:
-        chunk = expert % experts_per_rank * num_chunks // experts_per_rank
-    cell = chunk * routes.num_experts + expert
-    kept = expert != NO_ROUTE
-    counts = torch.bincount(cell[kept], minlength=num_chunks * routes.num_experts)
-    key = cell * max(routes.capacity, num_routes * num_tokens) + slot
-    key = torch.where(kept, key, torch.full_like(key, torch.iinfo(torch.int64).max))
-    order = torch.argsort(key)[: int(kept.sum())]
-    row_of_route = torch.full_like(route, order.shape[0])
-    row_of_route[order] = route[: order.shape[0]]
-    token = order % max(num_tokens, 1)
-    return RowOrder(token, row_of_route, counts.reshape(num_chunks, routes.num_experts))
+    def routes(self, chunk: ChunkPlan, offset: int, top_k: int, id_bytes: int) -> RowRoutes:
+        """How rows say which experts want them, with K expert numbers from column `offset` on."""
+        first, last = chunk.experts
+        return RowRoutes(
+            offset=offset,
+            top_k=top_k,
+            id_bytes=id_bytes,
+            experts_per_rank=self.experts_per_rank,
+            first_expert=first,
+            last_expert=last,
+        )
 
 
 @dataclass(frozen=True)
@@ -120,40 +120,105 @@ class Header:
     layer: int
     hidden_size: int
     bytes_per_value: int
+    routes_per_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What a plan is made from, besides the routes. row_bytes: of one token on the wire between nodes."""
+
+    num_chunks: int
+    chunk_by: ChunkBy
+    header: Header
+    row_bytes: int
+    padded_capacity: int | None  # slots per expert and source rank to re-create in the buffer; None: ragged
+    row_order: RowOrder | None  # set: expert outputs travel back row by row
 
 
 def build_plan(
-    order: RowOrder,
+    expert_KT: torch.Tensor,
+    num_experts: int,
     group: ExpertGroup,
-    header: Header,
-    padded_capacity: int | None,
+    request: PlanRequest,
     recorder: Recorder,
     label: Label,
 ) -> RoutingPlan:
-    """Agree on the counts with the group, then lay out every chunk.
+    """Order this rank's tokens, agree on the counts with the group, then lay out every chunk.
 
-    padded_capacity: slots per expert and source rank to re-create in the expert buffer, None for ragged buffers.
-    Raises PlanMoEMismatchError when ranks are in different layers.
+    Raises PlanMoEMismatchError when ranks are in different layers or launched their exchanges in different orders.
     """
-    num_chunks, num_experts = order.counts_chunk_E.shape
-    shape = (group.size, num_chunks, num_experts // group.size)
-    sent = order.counts_chunk_E.reshape(num_chunks, group.size, -1).transpose(0, 1)
-    mine = astuple(header)
-    message = torch.cat([sent.new_tensor([mine]).expand(group.size, -1), sent.reshape(group.size, -1)], dim=1)
+    comm = group.comm
+    order = order_tokens(
+        expert=expert_KT.long().cpu().contiguous(),
+        num_experts=num_experts,
+        num_chunks=request.num_chunks,
+        chunk_by_expert=request.chunk_by is ChunkBy.EXPERT,
+        rank=group.rank,
+        node_of_rank=comm.node_of_rank,
+        first_hop=comm.first_hops,
+        num_pieces=comm.num_pieces,
+        rows_per_piece=max(1, PIECE_BYTES // request.row_bytes),
+    )
+    sent = _counts(order, group.size, comm.passes_on)
+    received = _exchange_counts(sent, request.header, group, expert_KT.device, recorder, label)
+    experts_per_rank = num_experts // group.size
+    chunks = [
+        _plan_chunk(chunk, order, received, group, request, expert_KT.device) for chunk in range(request.num_chunks)
+    ]
+    return RoutingPlan(tuple(chunks), group.rank * experts_per_rank, experts_per_rank)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What ranks tell each other, int64; the first dimension is the peer."""
+
+    expert_rows_PXL: torch.Tensor
+    near_PX: torch.Tensor
+    far_PXB: torch.Tensor  # rows that end at the receiver of this message
+    passed_PXB: torch.Tensor | None = None  # rows that it passes on
+    fan_PXBG: torch.Tensor | None = None
+
+    def pack(self) -> torch.Tensor:
+        """int64 [P, width]."""
+        return torch.cat([values.flatten(1) for values in self._values()], dim=1)
+
+    def unpack(self, message: torch.Tensor) -> _Counts:
+        """Counts of the shapes of these from int64 [P, width]."""
+        found = []
+        for values in self._values():
+            width = values[0].numel()
+            found.append(message[:, :width].reshape(values.shape))
+            message = message[:, width:]
+        return _Counts(*found)
+
+    def _values(self) -> list[torch.Tensor]:
+        return [values for values in (getattr(self, field.name) for field in fields(self)) if values is not None]
+
+
+def _counts(order: TokenOrder, num_ranks: int, passes_on: bool) -> _Counts:
+    """What this rank tells every peer."""
+    num_chunks = order.expert_rows.shape[0]
+    experts = order.expert_rows.reshape(num_chunks, num_ranks, -1).transpose(0, 1)
+    near, far = order.near_sent.t(), order.far_final.transpose(0, 1)
+    if not passes_on:
+        return _Counts(experts, near, far)
+    return _Counts(experts, near, far, order.far_sent.transpose(0, 1), order.fan.transpose(0, 1))
+
+
+def _exchange_counts(
+    sent: _Counts, header: Header, group: ExpertGroup, device: torch.device, recorder: Recorder, label: Label
+) -> _Counts:
+    launches = torch.tensor(group.launch_digests()).unsqueeze(1)  # as every peer should have them of this rank
+    mine = torch.cat([launches, torch.tensor([astuple(header)]).expand(group.size, -1)], dim=1)
+    message = torch.cat([mine, sent.pack()], dim=1)
     ones = [1] * group.size
-    arrival = group.exchange(message, ones, ones)
+    arrival = group.exchange(message.to(device), ones, ones)
     if arrival.exchange is not None:
         recorder.wait(arrival.exchange, label)
-    both = torch.stack([message, arrival.rows]).cpu()  # the one host copy of a layer call
-    _check_headers(both[1, :, : len(mine)].tolist(), header, group)
-    sent_PXL, received_PXL = (both[side, :, len(mine) :].reshape(shape) for side in (0, 1))
-    chunks = []
-    first_row = 0
-    for chunk in range(num_chunks):
-        plan = _plan_chunk(sent_PXL[:, chunk], received_PXL[:, chunk], first_row, padded_capacity, order.token_N.device)
-        first_row += plan.num_rows
-        chunks.append(plan)
-    return RoutingPlan(order.token_N, order.row_of_route_KT, tuple(chunks))
+    received = arrival.rows.cpu()  # the one host copy of a layer call
+    _check_headers(received[:, 1 : mine.shape[1]].tolist(), header, group)
+    _check_launches(received[:, :1], launches, header.layer, group)
+    return sent.unpack(received[:, mine.shape[1] :])
 
 
 def _check_headers(received: list[list[int]], mine: Header, group: ExpertGroup) -> None:
@@ -165,31 +230,59 @@ def _check_headers(received: list[list[int]], mine: Header, group: ExpertGroup) 
             raise PlanMoEMismatchError(f"ranks of one expert-parallel group disagree on {name}: {who}")
 
 
+def _check_launches(received: torch.Tensor, mine: torch.Tensor, layer: int, group: ExpertGroup) -> None:
+    differing = [group.global_ranks[place] for place in (received != mine).any(1).nonzero().flatten().tolist()]
+    if differing:
+        raise PlanMoEMismatchError(
+            f"before layer {layer}, rank {group.global_ranks[group.rank]} launched the exchanges that it shares with "
+            f"ranks {differing} in another order than they did: two in flight could wait for each other for ever. "
+            "Every rank must call the same layers in the same order"
+        )
+
+
 def _plan_chunk(
-    sent_PL: torch.Tensor, received_PL: torch.Tensor, first_row: int, padded_capacity: int | None, device: torch.device
+    chunk: int,
+    order: TokenOrder,
+    received: _Counts,
+    group: ExpertGroup,
+    request: PlanRequest,
+    device: torch.device,
 ) -> ChunkPlan:
-    num_sources, num_local = received_PL.shape
-    counts = received_PL.reshape(-1)
-    start = counts.cumsum(0) - counts  # of each (source, expert) run among the received rows
-    padded_shape = None
-    if padded_capacity is None:
-        by_expert = received_PL.t().reshape(-1)
-        target = (by_expert.cumsum(0) - by_expert).reshape(num_local, num_sources).t().reshape(-1)
-    else:
-        capacity = max(padded_capacity, int(counts.max()))
-        target = torch.arange(num_sources * num_local) * capacity
-        padded_shape = (num_sources, num_local, capacity)
-    layout = ExpertLayout(tuple(received_PL.sum(0).tolist()), padded_shape)
-    total = int(counts.sum())
-    moved = bool(((target != start) & (counts > 0)).any()) or layout.num_rows != total
-    position = None
-    if moved:
-        position = (torch.repeat_interleave(target - start, counts) + torch.arange(total)).to(device)
-    return ChunkPlan(
-        first_row=first_row,
-        num_rows=int(sent_PL.sum()),
-        send_rows=sent_PL.sum(1).tolist(),
-        recv_rows=received_PL.sum(1).tolist(),
-        position_R=position,
-        layout=layout,
+    counts_PL = received.expert_rows_PXL[:, chunk]
+    near_received, far_received = received.near_PX[:, chunk], received.far_PXB[:, chunk]
+    itinerary = Itinerary(
+        near_sent=order.near_sent[chunk].tolist(),
+        near_received=near_received.tolist(),
+        far_sent=order.far_sent[chunk].flatten().tolist(),
+        far_received=far_received.flatten().tolist(),
+        passed=[] if received.passed_PXB is None else received.passed_PXB[:, chunk].flatten().tolist(),
+        fan=[] if received.fan_PXBG is None else received.fan_PXBG[:, chunk].flatten().tolist(),
     )
+    is_near = group.is_near
+    near_entries = int(counts_PL[is_near].sum())
+    near = SidePlan(order.near_token[chunk].to(device), near_received.tolist(), near_entries)
+    far_entries = int(counts_PL.sum()) - near_entries
+    far = SidePlan(order.far_token[chunk].to(device), far_received.sum(1).tolist(), far_entries)
+    layout, base_PL = _lay_out(counts_PL, request.padded_capacity)
+    rows = None
+    if request.row_order is not None:
+        rows = plan_row_trip(request.row_order, chunk, counts_PL, base_PL, is_near, device)
+    experts_per_rank = counts_PL.shape[1]
+    experts = (0, experts_per_rank)
+    if request.chunk_by is ChunkBy.EXPERT:
+        first, last = (-(-place * experts_per_rank // request.num_chunks) for place in (chunk, chunk + 1))
+        experts = (first, last)
+    return ChunkPlan(itinerary, near, far, experts, base_PL.flatten().tolist(), layout, rows)
+
+
+def _lay_out(counts_PL: torch.Tensor, padded_capacity: int | None) -> tuple[ExpertLayout, torch.Tensor]:
+    """The buffer's layout, and where each source's rows for each expert start in it, [P, L]."""
+    num_sources, num_local = counts_PL.shape
+    rows_of_expert = tuple(counts_PL.sum(0).tolist())
+    if padded_capacity is None:
+        by_expert = counts_PL.t().reshape(-1)
+        base = (by_expert.cumsum(0) - by_expert).reshape(num_local, num_sources).t()
+        return ExpertLayout(rows_of_expert, None), base
+    capacity = max(padded_capacity, int(counts_PL.max()))
+    base = torch.arange(num_sources * num_local).reshape(num_sources, num_local) * capacity
+    return ExpertLayout(rows_of_expert, (num_sources, num_local, capacity)), base

@@ -1,9 +1,8 @@
 """The order of a layer's tasks: what the pipeline runs, the same on every rank.
 
-One pass through a layer, forward or backward, is four tasks per chunk:
+One pass through a layer, forward or backward, is three tasks per chunk:
   DISPATCH  encode the chunk's rows and start their all-to-all
-  EXPERT    wait for them and run the experts on them (backward: their gradients)
-  COMBINE   encode the results and start the all-to-all back
+  EXPERT    wait for them, run the experts on them (backward: their gradients) and start the results' all-to-all back
   COLLECT   wait for them and decode
 """
 
@@ -19,8 +18,7 @@ class Kind(Enum):
 
     DISPATCH = 0
     EXPERT = 1
-    COMBINE = 2
-    COLLECT = 3
+    COLLECT = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,5 @@ def pipelined(num_chunks: int) -> tuple[Task, ...]:
     """
     chunks = range(num_chunks)
     order = [Task(Kind.DISPATCH, chunk) for chunk in chunks]
-    for chunk in chunks:
-        order += [Task(Kind.EXPERT, chunk), Task(Kind.COMBINE, chunk)]
+    order += [Task(Kind.EXPERT, chunk) for chunk in chunks]
     return (*order, *(Task(Kind.COLLECT, chunk) for chunk in chunks))

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from planmoe_ds.group import ExpertGroup
-from planmoe_ds.plan import NO_ROUTE, Routes, RowOrder
+from planmoe_ds.plan import NO_ROUTE, Routes
+from planmoe_ds.rows import RowOrder
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class TensorParallelSplit:
         return replace(routes, expert_KT=expert, slot_KT=slot, capacity=share)
 
 
+@dataclass(frozen=True)
+class OwnRows:
+    """Rows [N, H] that one rank sends, as tokens that have one route each."""
+
+    rows: torch.Tensor
+    routes: Routes
+
+
 class _GatherRows(torch.autograd.Function):
     """rows [N, H] of every rank -> [A, H] on every rank; the gradient, equal on all ranks, is sliced."""
 
@@ -80,17 +89,11 @@ class _OwnRows(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         counts = tuple(order.token_N.shape[0] for order in ctx.orders)
         grads_AH = _all_rows(grad, counts, ctx.split)
-        by_expert = torch.argsort(torch.cat([_expert_of_row(order) for order in ctx.orders]), stable=True)
+        by_expert = torch.argsort(torch.cat([order.expert_N for order in ctx.orders]), stable=True)
         token_A = torch.cat([order.token_N for order in ctx.orders])
         grad_tokens = grads_AH.new_zeros((ctx.num_tokens, grads_AH.shape[1]))
         grad_tokens.index_add_(0, token_A[by_expert], grads_AH[by_expert])
         return grad_tokens, None, None
-
-
-def _expert_of_row(order: RowOrder) -> torch.Tensor:
-    num_chunks, num_experts = order.counts_chunk_E.shape
-    expert = torch.arange(num_experts, device=order.token_N.device).repeat(num_chunks)
-    return torch.repeat_interleave(expert, order.counts_chunk_E.reshape(-1))
 
 
 def _all_rows(rows: torch.Tensor, counts: tuple[int, ...], split: TensorParallelSplit) -> torch.Tensor:
@@ -101,7 +104,12 @@ def _all_rows(rows: torch.Tensor, counts: tuple[int, ...], split: TensorParallel
     return arrival.rows
 
 
-def own_rows(tokens: torch.Tensor, orders: list[RowOrder], split: TensorParallelSplit) -> tuple[torch.Tensor, RowOrder]:
-    """Tokens [T, H] -> the rows this rank sends, [N, H], and their order, in which every row is a token."""
+def own_rows(tokens: torch.Tensor, orders: list[RowOrder], routes: Routes, split: TensorParallelSplit) -> OwnRows:
+    """Tokens [T, H] and their routes -> the rows this rank sends."""
+    order, part = orders[split.rank], split.own_part(routes)
     rows = _OwnRows.apply(tokens, orders, split)  # type: ignore[no-untyped-call]
-    return rows, replace(orders[split.rank], token_N=torch.arange(rows.shape[0], device=rows.device))
+    slot = torch.zeros_like(order.expert_N)
+    kept = order.row_of_route_KT < order.token_N.shape[0]
+    slot[order.row_of_route_KT[kept]] = part.slot_KT.reshape(-1)[kept].to(slot.dtype)
+    weight = routes.weight_KT.detach().new_ones((1, rows.shape[0]))
+    return OwnRows(rows, replace(part, expert_KT=order.expert_N[None], slot_KT=slot[None], weight_KT=weight))

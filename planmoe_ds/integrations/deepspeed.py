@@ -24,7 +24,6 @@ from deepspeed.utils.bwc import (
 from torch import nn
 
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
-from planmoe_ds.backend import make_compressor
 from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.experts import LocalExperts
@@ -34,6 +33,7 @@ from planmoe_ds.pipeline import Codecs
 from planmoe_ds.plan import Routes
 from planmoe_ds.recorder import Recorder
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_rows
+from planmoe_ds.wire import LinkCodecs
 
 SECTION = "planmoe"
 SHARED_SETTINGS = (  # of DeepSpeed's own: ranks that disagree on them hang without a word
@@ -73,9 +73,9 @@ class PlanMoELayer(MOELayer):  # type: ignore[misc]
         if split is None:
             output = self.planmoe.forward(tokens, routes, experts)
         else:
-            orders = [self.planmoe.order(part, len(experts.modules)) for part in split.parts(routes)]
-            own_tokens, order = own_rows(tokens, orders, split)
-            rows = self.planmoe.expert_rows(own_tokens, order, split.own_part(routes), experts)
+            orders = [self.planmoe.order(part) for part in split.parts(routes)]
+            own = own_rows(tokens, orders, routes, split)
+            rows = self.planmoe.route_outputs(own.rows, own.routes, experts)
             output = combine(gather_rows(rows, orders, split), split.row_of_route(orders), routes.weight_KT)
         self._count_stock_bytes(tokens, routes)
         if self.wall_clock_breakdown:
@@ -190,7 +190,7 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
         my_groups["tensor parallel"] = list(dist.get_process_group_ranks(bwc_tensor_model_parallel_group(groups.mpu)))
     connected = connect(my_groups, config, device)
     recorder = Recorder(device)
-    codecs = Codecs(**{key: make_compressor(name) for key, name in config.compression.model_dump().items()})
+    codecs = Codecs(**{key: LinkCodecs.everywhere(name) for key, name in config.compression.model_dump().items()})
     for index, layer in enumerate(layers):
         layer.__class__ = PlanMoELayer
         layer.planmoe = ExpertParallelLayer(

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from planmoe_ds import backend
 from planmoe_ds.config import CompressionConfig, PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
 from tests.harness.ranks import RankPool
 
 TRUE_OR_FALSE = ("boolean",)
-COMMS = ("direct", "pipe")
+COMMS = ("auto", "direct", "pipe")
+COUNTS = ("integer of 1 or more", "list")
 CODECS = ("none", "int8")
 CHUNK_BYS = ("'token'", "'expert'")
 EXACTNESSES = ("'exact'", "'reordered'", "'lossy'")
@@ -26,6 +28,7 @@ BAD_VALUES = [
     ("enabled", None, TRUE_OR_FALSE),
     ("comm", "pip", (*COMMS, "did you mean 'pipe'?")),
     ("comm", "Direct", (*COMMS, "did you mean 'direct'?")),
+    ("comm", "aut", (*COMMS, "did you mean 'auto'?")),
     ("comm", "", COMMS),
     ("comm", 3, ("string",)),
     ("comm", None, ("string",)),
@@ -52,11 +55,19 @@ BAD_VALUES = [
     ("exactness", "exakt", EXACTNESSES),
     ("exactness", "lossless", EXACTNESSES),
     ("exactness", 1, EXACTNESSES),
-    ("ranks_per_node", 0, ("1",)),
-    ("ranks_per_node", -2, ("1",)),
-    ("ranks_per_node", "4", ("integer",)),
-    ("ranks_per_node", 2.5, ("integer",)),
-    ("ranks_per_node", True, ("integer",)),
+    ("ranks_per_node", 0, COUNTS),
+    ("ranks_per_node", -2, COUNTS),
+    ("ranks_per_node", "4", COUNTS),
+    ("ranks_per_node", "4,2", COUNTS),
+    ("ranks_per_node", 2.5, COUNTS),
+    ("ranks_per_node", True, COUNTS),
+    ("ranks_per_node", [], COUNTS),
+    ("ranks_per_node", [2, 0], COUNTS),
+    ("ranks_per_node", [2, "2"], COUNTS),
+    ("ranks_per_node", [2, None], COUNTS),
+    ("ranks_per_node", [2, True], COUNTS),
+    ("ranks_per_node", [2, [2]], COUNTS),
+    ("ranks_per_node", {"node0": 2}, COUNTS),
     ("timeout_seconds", 0, ("greater than",)),
     ("timeout_seconds", -1.0, ("greater than",)),
     ("timeout_seconds", "60", ("number",)),
@@ -161,6 +172,25 @@ def test_lossless_promise_with_a_lossy_codec(exactness: str, compression: object
     assert "'int8'" in message
     assert "'lossy'" in message
     assert "'none'" in message
+
+
+def test_exact_with_sums_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "comm_names", lambda: ["dedup", "direct", "pipe"])
+    message = refusal({"exactness": "exact", "comm": "dedup"})
+    for words in ("exactness 'exact' excludes comm 'dedup'", "another order", "'reordered'", "'pipe'"):
+        assert words in message
+    for section in ({"comm": "dedup"}, {"comm": "dedup", "exactness": "reordered"}, {"comm": "auto"}):
+        assert parse_config(section).comm == section["comm"]
+    assert parse_config({"exactness": "exact", "comm": "auto"}).resolved_exactness.value == "exact"
+
+
+def test_ranks_of_even_and_of_uneven_nodes() -> None:
+    assert parse_config({}).ranks_per_node is None
+    assert parse_config({"ranks_per_node": 4}).ranks_per_node == 4
+    uneven = parse_config({"ranks_per_node": [4, 4, 2]})
+    assert uneven.ranks_per_node == (4, 4, 2)
+    assert parse_config(json.loads(uneven.model_dump_json(exclude_none=True))) == uneven
+    assert parse_config({"ranks_per_node": (4, 2)}).ranks_per_node == (4, 2)
 
 
 def test_all_problems_are_told_at_once() -> None:

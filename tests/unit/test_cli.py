@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import planmoe_ds
-from planmoe_ds import doctor
+from planmoe_ds import doctor, probe_command
 from planmoe_ds.cli import app
 from planmoe_ds.doctor import Finding
 
@@ -43,6 +44,74 @@ def test_help_names_the_commands() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
     assert "doctor" in result.output
+    assert "probe" in result.output
+
+
+@pytest.mark.parametrize("counts", ["", "0", "2,0", "2,", "-1", "two", "1.5"])
+def test_probe_with_ranks_that_are_no_numbers(counts: str) -> None:
+    result = CliRunner().invoke(app, ["probe", f"--ranks-per-node={counts}"])
+    assert result.exit_code == 2
+    assert "--ranks-per-node" in result.output
+
+
+@pytest.mark.parametrize(("options", "counts"), [([], None), (["2"], 2), (["4,4,2"], [4, 4, 2])])
+def test_probe_hands_on_its_options(options: list[str], counts: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, dict[str, bool]]] = []
+    monkeypatch.setattr(probe_command, "run", lambda given, **flags: calls.append((given, flags)) or 3)
+    words = [word for option in options for word in ("--ranks-per-node", option)]
+    assert CliRunner().invoke(app, ["probe", *words, "--refresh"]).exit_code == 3
+    assert calls == [(counts, {"refresh": True, "as_json": False})]
+
+
+def probe(folder: Path, num_ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
+    """`planmoe probe` under torchrun, with `folder` for its cache."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "planmoe_ds.cli", "probe", *options],
+        env={**os.environ, "XDG_CACHE_HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+
+
+@pytest.mark.distributed
+def test_probe_under_a_launcher(tmp_path: Path) -> None:
+    start = time.monotonic()
+    first = probe(tmp_path, 2)
+    assert time.monotonic() - start < 30
+    assert first.returncode == 0, first.stderr
+    assert "1 node of 2 ranks, gloo" in first.stdout
+    assert "measured now, kept in" in first.stdout
+    (file,) = (tmp_path / "planmoe").iterdir()
+    second = probe(tmp_path, 2, "--json")
+    assert json.loads(second.stdout) == json.loads(file.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_probe_of_uneven_nodes_and_spoiled_caches(tmp_path: Path) -> None:
+    options = ("--ranks-per-node", "3,1")
+    assert "2 nodes of 3 and 1 ranks, gloo" in probe(tmp_path, 4, *options).stdout
+    assert "kept from an earlier run" in probe(tmp_path, 4, *options).stdout
+    (file,) = (tmp_path / "planmoe").iterdir()
+    file.write_text("{")
+    spoiled = probe(tmp_path, 4, *options, "--json")
+    assert "the links are measured again" in spoiled.stderr
+    assert json.loads(spoiled.stdout) == json.loads(file.read_text())
+    unwritable = tmp_path / "file"
+    unwritable.touch()
+    done = probe(unwritable, 4, *options)
+    assert done.returncode == 0
+    assert "measured now, not kept" in done.stdout
+    assert "the next run measures again" in done.stderr
+
+
+@pytest.mark.distributed
+def test_probe_with_ranks_that_do_not_add_up(tmp_path: Path) -> None:
+    done = probe(tmp_path, 2, "--ranks-per-node", "3,1")
+    assert done.returncode != 0
+    assert done.stderr.count("planmoe probe: ranks_per_node is [3, 1], which adds up to 4") == 1
 
 
 def test_unknown_command_is_an_error() -> None:

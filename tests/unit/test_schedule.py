@@ -19,9 +19,7 @@ def test_pipelined_order() -> None:
         "DISPATCH 0",
         "DISPATCH 1",
         "EXPERT 0",
-        "COMBINE 0",
         "EXPERT 1",
-        "COMBINE 1",
         "COLLECT 0",
         "COLLECT 1",
     ]

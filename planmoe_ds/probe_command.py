@@ -1,0 +1,105 @@
+"""`planmoe probe`: what the links cost, as a table for people or JSON for programs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from planmoe_ds.costs import LinkCost
+from planmoe_ds.errors import PlanMoEConfigError, PlanMoEMismatchError
+from planmoe_ds.probe import ProbeReport, run_probe
+from planmoe_ds.topology import Topology, find_topology
+
+# What marks a launcher, and what it calls RANK, WORLD_SIZE and LOCAL_RANK: Open MPI, MPICH and Intel MPI, srun. A batch
+# script has Slurm's variables too, but only a task of srun has a step.
+_LAUNCHERS = {
+    "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "PMI_RANK": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "SLURM_STEP_ID": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+}
+_HOW = (
+    "planmoe probe measures between ranks, so every rank must run it: start it with your launcher, such as\n"
+    "    torchrun --nproc-per-node 4 --no-python planmoe probe\n"
+    "or mpirun and srun with MASTER_ADDR (rank 0's machine) and MASTER_PORT exported to all ranks"
+)
+
+
+def run(ranks_per_node: int | list[int] | None = None, *, refresh: bool = False, as_json: bool = False) -> int:
+    """Measure or load, and print on rank 0; returns the exit code."""
+    os.environ.update(launcher_variables(os.environ))
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        print(f"{', '.join(missing)}: not set. {_HOW}", file=sys.stderr)
+        return 2
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        topology = find_topology(ranks_per_node)
+        report = run_probe(device, topology, refresh=refresh)
+        if dist.get_rank() == 0 and as_json:
+            print(report.costs.model_dump_json(indent=1))
+        elif dist.get_rank() == 0:
+            print_report(report, topology, Console())
+    except (PlanMoEConfigError, PlanMoEMismatchError) as error:  # the same on every rank
+        if dist.get_rank() == 0:
+            print(f"planmoe probe: {error}", file=sys.stderr)
+        dist.barrier()  # a launcher ends all ranks with the first: rank 0 has spoken now
+        return 2
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE and LOCAL_RANK under the names torch knows, where only MPI's or Slurm's are set."""
+    marker = next((marker for marker in ("RANK", *_LAUNCHERS) if marker in environment), "RANK")
+    if marker == "RANK":
+        return {}
+    names = zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), _LAUNCHERS[marker], strict=True)
+    return {name: environment[theirs] for name, theirs in names if theirs in environment}
+
+
+def print_report(report: ProbeReport, topology: Topology, console: Console) -> None:
+    """A row per class of links, alone and with the other class busy."""
+    costs = report.costs
+    if topology.num_ranks == 1:
+        console.print("1 rank: there are no links to measure", highlight=False)
+        return
+    table = Table(title=f"{topology.describe()}, {costs.backend}", title_justify="left")
+    table.add_column("link", no_wrap=True)
+    for heading in ("alpha µs", "beta µs/MB", "GB/s rank", "GB/s node", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, cost in (
+        ("intra", costs.intra),
+        ("inter", costs.inter),
+        ("intra, both busy", costs.intra_while_both),
+        ("inter, both busy", costs.inter_while_both),
+    ):
+        if cost is not None:
+            table.add_row(name, *_cells(cost, max(topology.ranks_per_node)))
+    console.print(table)
+    if costs.direct_overlap is not None:
+        console.print(f"one exchange over both hides {costs.direct_overlap:.0%} of the shorter one", highlight=False)
+    origin = "kept from an earlier run in" if report.from_cache else "measured now, kept in"
+    where = f"{origin} {report.path}" if report.is_kept else "measured now, not kept"
+    console.print(where, soft_wrap=True, highlight=False)
+
+
+def _cells(cost: LinkCost, ranks_per_node: int) -> list[str]:
+    rate = 1e-9 / cost.beta_seconds_per_byte
+    return [
+        f"{cost.alpha_seconds * 1e6:.0f}",
+        f"{cost.beta_seconds_per_byte * 1e12:.1f}",
+        f"{rate:.3g}",
+        f"{rate * ranks_per_node:.3g}",
+        f"{cost.worst_error:.0%}",
+    ]

@@ -1,0 +1,114 @@
+"""Expert outputs that travel back one row per route, so that the source adds them in the framework's own order.
+
+Shape legend: see plan.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from planmoe_ds.config import ChunkBy
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """This rank's rows, sorted by chunk, expert, slot.
+
+    token_N: int64, the token behind each row; expert_N: int64; row_of_route_KT: int64 [K * T], N where the route was
+    dropped; place_KT: int32 [K, T], how many rows of the same chunk and expert come before; counts_XE: int64 on the
+    CPU.
+    """
+
+    token_N: torch.Tensor
+    expert_N: torch.Tensor
+    row_of_route_KT: torch.Tensor
+    place_KT: torch.Tensor
+    counts_XE: torch.Tensor
+
+
+def order_rows(
+    expert_KT: torch.Tensor, slot_KT: torch.Tensor, num_experts: int, num_chunks: int, chunk_by: ChunkBy, num_ranks: int
+) -> RowOrder:
+    """Sort this rank's kept routes by chunk, expert and slot; a negative expert is a dropped route."""
+    num_routes, num_tokens = expert_KT.shape
+    experts_per_rank = num_experts // num_ranks
+    expert = expert_KT.reshape(-1).long()
+    slot = slot_KT.reshape(-1).long()
+    route = torch.arange(expert.shape[0], device=expert.device)
+    if chunk_by is ChunkBy.TOKEN:
+        chunk = (route % max(num_tokens, 1)) * num_chunks // max(num_tokens, 1)
+    else:
+        chunk = expert % experts_per_rank * num_chunks // experts_per_rank
+    cell = chunk * num_experts + expert
+    kept = expert >= 0
+    counts = torch.bincount(cell[kept], minlength=num_chunks * num_experts)
+    highest_slot = slot.max() + 1 if slot.numel() else 1
+    key = torch.where(kept, cell * highest_slot + slot, torch.full_like(cell, torch.iinfo(torch.int64).max))
+    order = torch.argsort(key)[: int(kept.sum())]
+    row_of_route = torch.full_like(route, order.shape[0])
+    row_of_route[order] = route[: order.shape[0]]
+    first_row = counts.cumsum(0) - counts
+    place = torch.where(kept, row_of_route - first_row[cell.clamp(min=0)], torch.zeros_like(cell))
+    return RowOrder(
+        token_N=order % max(num_tokens, 1),
+        expert_N=expert[order],
+        row_of_route_KT=row_of_route,
+        place_KT=place.reshape(num_routes, num_tokens).int(),
+        counts_XE=counts.reshape(num_chunks, num_experts).cpu(),
+    )
+
+
+@dataclass(frozen=True)
+class RowSide:
+    """A chunk's rows exchanged with the ranks of one side.
+
+    row: int64, places of the rows among this rank's N; buffer_row: int64, places in the experts' buffer of the rows
+    that peers want back; sent and received (as the rows leave for the experts): P numbers each.
+    """
+
+    row: torch.Tensor
+    buffer_row: torch.Tensor
+    sent: list[int]
+    received: list[int]
+
+
+@dataclass(frozen=True)
+class RowTrip:
+    """Both sides of a chunk."""
+
+    near: RowSide
+    far: RowSide
+
+
+def plan_row_trip(
+    order: RowOrder,
+    chunk: int,
+    received_PL: torch.Tensor,
+    base_PL: torch.Tensor,
+    is_near: torch.Tensor,
+    device: torch.device,
+) -> RowTrip:
+    """received_PL: rows from every source for every local expert; base_PL: where they start in the experts' buffer."""
+    sent_PL = order.counts_XE[chunk].reshape(received_PL.shape)
+    first_row = int(order.counts_XE[:chunk].sum())
+    row_base_PL = (sent_PL.flatten().cumsum(0) - sent_PL.flatten()).reshape(sent_PL.shape) + first_row
+    sides = []
+    for chosen in (is_near, ~is_near):
+        sides.append(
+            RowSide(
+                row=_runs(row_base_PL[chosen], sent_PL[chosen]).to(device),
+                buffer_row=_runs(base_PL[chosen], received_PL[chosen]).to(device),
+                sent=torch.where(chosen, sent_PL.sum(1), 0).tolist(),
+                received=torch.where(chosen, received_PL.sum(1), 0).tolist(),
+            )
+        )
+    return RowTrip(*sides)
+
+
+def _runs(start: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """start[0], start[0] + 1, … count[0] of them, then the next run."""
+    counts = count.flatten()
+    before = counts.cumsum(0) - counts
+    return torch.repeat_interleave(start.flatten() - before, counts) + torch.arange(int(counts.sum()))

@@ -1,0 +1,266 @@
+"""What travels: rows of a layer call on the wire, out to the experts and back.
+
+A wire row holds the encoded values, padded to a multiple of eight bytes, then columns of numbers. Tokens carry the
+weights, the expert numbers and, where outputs travel back row by row, the places of all their routes; gradients that
+return carry those of the weights.
+
+Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank; see plan.py for the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from planmoe_ds.backend import (
+    Compressor,
+    RowRoutes,
+    RowSums,
+    Spread,
+    aligned,
+    dot_rows,
+    find_experts,
+    fold_rows,
+    make_compressor,
+    spread_rows,
+    unpack_add,
+)
+from planmoe_ds.group import ExpertGroup, SidedArrival, SideRows, Sides
+from planmoe_ds.plan import ChunkPlan, RoutingPlan, SidePlan
+from planmoe_ds.rows import RowOrder
+
+_MOST_SHORT_IDS = 1 << 15
+_NO_ROUTES = RowRoutes()  # ranks that pass rows on know them from the tokens' way out
+
+
+@dataclass(frozen=True)
+class LinkCodecs:
+    """The compressor of each kind of link, for one direction.
+
+    near: to the ranks of this node; far: between nodes; inner: sums on their way to the rank that adds up its node's
+    before they go on.
+    """
+
+    near: Compressor
+    far: Compressor
+    inner: Compressor
+
+    @classmethod
+    def everywhere(cls, name: str) -> LinkCodecs:
+        """One codec for both kinds of links; what is summed up on the way is encoded once, where it is complete."""
+        codec = make_compressor(name)
+        return cls(codec, codec, make_compressor("none"))
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """What tokens carry beside their values: uint8 [T, width], by column: weights, places, expert numbers."""
+
+    bytes_T: torch.Tensor
+    top_k: int
+    weight_dtype: torch.dtype
+    id_bytes: int
+    has_places: bool
+
+    @property
+    def place_column(self) -> int:
+        """Where the places start."""
+        return self.top_k * self.weight_dtype.itemsize
+
+    @property
+    def id_column(self) -> int:
+        """Where the expert numbers start."""
+        return self.place_column + self.top_k * 4 * self.has_places
+
+    @property
+    def width(self) -> int:
+        """Bytes per token."""
+        return self.bytes_T.shape[1]
+
+
+def token_columns(
+    expert_KT: torch.Tensor, weight_KT: torch.Tensor, num_experts: int, order: RowOrder | None
+) -> TokenColumns:
+    """The columns of all tokens of a layer call."""
+    id_dtype = torch.int16 if num_experts <= _MOST_SHORT_IDS else torch.int32
+    columns = [weight_KT.detach(), expert_KT.to(id_dtype)]
+    if order is not None:
+        columns.insert(1, order.place_KT)
+    as_bytes = [_bytes(values.t()) for values in columns]
+    return TokenColumns(
+        torch.cat(as_bytes, dim=1), expert_KT.shape[0], weight_KT.dtype, id_dtype.itemsize, order is not None
+    )
+
+
+def _bytes(values: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, bytes] of [rows, columns]; cloned, since view() wants the strides of a fresh tensor."""
+    return values.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """Which rows of the experts' buffer the arrived rows of both sides feed."""
+
+    near: Spread
+    far: Spread
+
+
+@dataclass(frozen=True)
+class Wire:
+    """One direction's encoding of a layer call's rows: H values of `dtype`."""
+
+    group: ExpertGroup
+    plan: RoutingPlan
+    codecs: LinkCodecs
+    hidden: int
+    dtype: torch.dtype
+
+    def send_tokens(self, chunk: ChunkPlan, tokens: torch.Tensor, columns: TokenColumns | None) -> SidedArrival:
+        """Start a chunk's tokens [T, H] on their way; without columns they go where the last ones with columns went."""
+        send = Sides(
+            self._token_rows(chunk.near, tokens, columns, self.codecs.near),
+            self._token_rows(chunk.far, tokens, columns, self.codecs.far),
+        )
+        routes = _NO_ROUTES if columns is None else self._routes(chunk, columns, self.codecs.far)
+        return self.group.dispatch(send, chunk.itinerary, routes)
+
+    def find_spreads(self, chunk: ChunkPlan, rows: Sides, columns: TokenColumns) -> Spreads:
+        """Read the columns of arrived tokens."""
+        return Spreads(
+            self._find_spread(chunk, chunk.near, rows.near, columns, self.codecs.near),
+            self._find_spread(chunk, chunk.far, rows.far, columns, self.codecs.far),
+        )
+
+    def spread(self, chunk: ChunkPlan, rows: Sides, spreads: Spreads, weighted: bool) -> torch.Tensor:
+        """Arrived rows -> the experts' buffer [rows, H], times the routes' weights if `weighted`."""
+        buffer = self._new_buffer(chunk, rows.near.device)
+        spread_rows(self.codecs.near, rows.near, spreads.near, weighted, buffer)
+        spread_rows(self.codecs.far, rows.far, spreads.far, weighted, buffer)
+        return buffer
+
+    def dots(self, rows: Sides, spreads: Spreads, outputs: torch.Tensor, top_k: int) -> Sides:
+        """Products of arrived rows with the experts' outputs [rows, H], by arrived row and route, [*, K]."""
+        return Sides(
+            dot_rows(self.codecs.near, rows.near, spreads.near, outputs, top_k),
+            dot_rows(self.codecs.far, rows.far, spreads.far, outputs, top_k),
+        )
+
+    def send_sums(
+        self, chunk: ChunkPlan, rows: torch.Tensor, spreads: Spreads, weighted: bool, extra: Sides | None = None
+    ) -> SidedArrival:
+        """Start the sums of each arrived row's expert outputs [rows, H] on their way back, with `extra` columns."""
+        inner = self.codecs.inner if self.group.comm.passes_on else self.codecs.far
+        send = Sides(
+            self._sum_rows(
+                chunk.near, rows, spreads.near, weighted, self.codecs.near, None if extra is None else extra.near
+            ),
+            self._sum_rows(chunk.far, rows, spreads.far, weighted, inner, None if extra is None else extra.far),
+        )
+        num_extra = 0 if extra is None else extra.near.shape[1]
+        extra_bytes = 0 if extra is None else num_extra * extra.near.element_size()
+        sums = RowSums(inner=inner, outer=self.codecs.far, hidden=self.hidden, dtype=self.dtype, extra=num_extra)
+        return self.group.combine(send, chunk.itinerary, sums, self._values_width(self.codecs.far) + extra_bytes)
+
+    def add_sums(self, chunk: ChunkPlan, rows: Sides, total_TH: torch.Tensor, extra_TK: torch.Tensor | None) -> None:
+        """Add returned sums to each token's total, in `wide_dtype`."""
+        for side, wire, codec in (
+            (chunk.near, rows.near, self.codecs.near),
+            (chunk.far, rows.far, self.codecs.far),
+        ):
+            unpack_add(codec, wire, self.dtype, side.token, total_TH)
+            if extra_TK is not None and wire.shape[0] > 0:
+                extra = wire[:, self._values_width(codec) :].clone(memory_format=torch.contiguous_format)
+                extra_TK.index_add_(0, side.token, extra.view(extra_TK.dtype))
+
+    def send_rows_out(self, chunk: ChunkPlan, rows_NH: torch.Tensor) -> SidedArrival:
+        """Start a chunk's rows, one per route, on their way to the experts."""
+        assert chunk.rows is not None
+        near, far = chunk.rows.near, chunk.rows.far
+        send = Sides(self.codecs.near.encode(rows_NH, near.row), self.codecs.far.encode(rows_NH, far.row))
+        return self.group.exchange_sides(send, SideRows(near.sent, far.sent), SideRows(near.received, far.received))
+
+    def place_rows(self, chunk: ChunkPlan, rows: Sides) -> torch.Tensor:
+        """Arrived rows -> the experts' buffer [rows, H]."""
+        assert chunk.rows is not None
+        buffer = self._new_buffer(chunk, rows.near.device)
+        self.codecs.near.decode(rows.near, buffer, chunk.rows.near.buffer_row)
+        self.codecs.far.decode(rows.far, buffer, chunk.rows.far.buffer_row)
+        return buffer
+
+    def send_rows_back(self, chunk: ChunkPlan, rows: torch.Tensor) -> SidedArrival:
+        """Start the experts' outputs [rows, H] on their way back, one row per route."""
+        assert chunk.rows is not None
+        near, far = chunk.rows.near, chunk.rows.far
+        send = Sides(self.codecs.near.encode(rows, near.buffer_row), self.codecs.far.encode(rows, far.buffer_row))
+        return self.group.exchange_sides(send, SideRows(near.received, far.received), SideRows(near.sent, far.sent))
+
+    def collect_rows(self, chunk: ChunkPlan, rows: Sides, result_NH: torch.Tensor) -> None:
+        """Returned rows -> their places among this rank's rows."""
+        assert chunk.rows is not None
+        self.codecs.near.decode(rows.near, result_NH, chunk.rows.near.row)
+        self.codecs.far.decode(rows.far, result_NH, chunk.rows.far.row)
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """Of sums."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+    def token_width(self, columns: TokenColumns) -> int:
+        """Bytes of a token between nodes."""
+        return self._values_width(self.codecs.far) + columns.width
+
+    def _values_width(self, codec: Compressor) -> int:
+        return aligned(codec.row_bytes(self.hidden, self.dtype))
+
+    def _new_buffer(self, chunk: ChunkPlan, device: torch.device) -> torch.Tensor:
+        make = torch.empty if chunk.layout.padded_shape is None else torch.zeros
+        return make((chunk.layout.num_rows, self.hidden), dtype=self.dtype, device=device)
+
+    def _token_rows(
+        self, side: SidePlan, tokens: torch.Tensor, columns: TokenColumns | None, codec: Compressor
+    ) -> torch.Tensor:
+        width = self._values_width(codec)
+        wire = self.group.buffer(side.token.shape[0], width + (0 if columns is None else columns.width))
+        codec.encode_into(tokens, side.token, wire)
+        if columns is not None:
+            wire[:, width:] = columns.bytes_T.index_select(0, side.token)
+        return wire
+
+    def _sum_rows(
+        self,
+        side: SidePlan,
+        rows: torch.Tensor,
+        spread: Spread,
+        weighted: bool,
+        codec: Compressor,
+        extra: torch.Tensor | None,
+    ) -> torch.Tensor:
+        width = self._values_width(codec)
+        as_bytes = None if extra is None else extra.view(torch.uint8)
+        wire = self.group.buffer(side.num_received, width + (0 if as_bytes is None else as_bytes.shape[1]))
+        fold_rows(codec, rows, spread, weighted, wire)
+        if as_bytes is not None:
+            wire[:, width:] = as_bytes
+        return wire
+
+    def _routes(self, chunk: ChunkPlan, columns: TokenColumns, codec: Compressor) -> RowRoutes:
+        offset = self._values_width(codec) + columns.id_column
+        return self.plan.routes(chunk, offset, columns.top_k, columns.id_bytes)
+
+    def _find_spread(
+        self, chunk: ChunkPlan, side: SidePlan, rows: torch.Tensor, columns: TokenColumns, codec: Compressor
+    ) -> Spread:
+        first = self._values_width(codec)
+        return find_experts(
+            rows=rows,
+            routes=self._routes(chunk, columns, codec),
+            first_id=self.plan.first_expert,
+            num_entries=side.num_entries,
+            weight_offset=first,
+            weight_dtype=columns.weight_dtype,
+            row_dtype=self.dtype,
+            base=chunk.base_PL,
+            source_rows=side.received_rows,
+            place_offset=first + columns.place_column if columns.has_places else -1,
+        )
