@@ -23,6 +23,14 @@ void check_rows(const char* name, const at::Tensor& tensor, const char* splits_n
 
 at::Tensor as_bytes(const at::Tensor& tensor) { return tensor.view(at::kByte); }
 
+// Rows by rank from rows by rank and piece.
+std::vector<int64_t> by_rank(const std::vector<int64_t>& rows, int64_t size) {
+  const auto pieces = static_cast<int64_t>(rows.size()) / size;
+  std::vector<int64_t> result(size, 0);
+  for (int64_t place = 0; place < static_cast<int64_t>(rows.size()); ++place) result[place / pieces] += rows[place];
+  return result;
+}
+
 }  // namespace
 
 bool Exchange::wait_for(int64_t milliseconds) {
@@ -32,8 +40,15 @@ bool Exchange::wait_for(int64_t milliseconds) {
 }
 
 int64_t Exchange::bytes_sent() const {
-  int64_t total = 0;
+  int64_t total = other_bytes_;
   for (const auto& transfer : transfers_) total += transfer->bytes_sent;
+  return total;
+}
+
+int64_t Exchange::bytes_sent_on(const std::string& lane) const {
+  int64_t total = 0;
+  for (const auto& transfer : transfers_)
+    if (transfer->lane == lane) total += transfer->bytes_sent;
   return total;
 }
 
@@ -75,17 +90,59 @@ Link& AbstractComm::add_link(size_t group, std::string lane) {
 }
 
 void AbstractComm::close() {
+  closed_ = true;
   links_.clear();
   options_.groups.clear();
 }
 
-std::shared_ptr<Exchange> AbstractComm::start(ExchangeSpec spec) {
-  TORCH_CHECK_VALUE(!links_.empty(), "this all-to-all was closed");
-  check(spec);
-  spec.send = as_bytes(spec.send);
-  spec.recv = as_bytes(spec.recv);
+int AbstractComm::next_tag() {
   next_tag_ = (next_tag_ + 1) % (1 << 20);
-  return post(spec, next_tag_);
+  return next_tag_;
+}
+
+void AbstractComm::check_open() const { TORCH_CHECK_VALUE(!closed_, "this all-to-all was closed"); }
+
+std::shared_ptr<Exchange> AbstractComm::start(std::vector<ExchangeSpec> parts) {
+  check_open();
+  for (auto& part : parts) {
+    check(part);
+    part.send = as_bytes(part.send);
+    part.recv = as_bytes(part.recv);
+  }
+  return post(parts, next_tag());
+}
+
+std::vector<int64_t> AbstractComm::first_hops() const {
+  std::vector<int64_t> hops(size_);
+  std::iota(hops.begin(), hops.end(), 0);
+  return hops;
+}
+
+std::shared_ptr<Exchange> AbstractComm::dispatch(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
+                                                 const RowRoutes& routes) {
+  check_open();
+  return post_dispatch(rows, itinerary, routes);
+}
+
+std::shared_ptr<Exchange> AbstractComm::combine(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
+                                                const RowSums& sums) {
+  check_open();
+  return post_combine(rows, itinerary, sums);
+}
+
+std::shared_ptr<Exchange> AbstractComm::post_dispatch(const ChunkRows& rows,
+                                                      const std::shared_ptr<Itinerary>& itinerary,
+                                                      const RowRoutes& /*routes*/) {
+  const auto& trip = *itinerary;
+  return start({{rows.far_send, by_rank(trip.far_sent, size_), rows.far_recv, by_rank(trip.far_received, size_)},
+                {rows.near_send, trip.near_sent, rows.near_recv, trip.near_received}});
+}
+
+std::shared_ptr<Exchange> AbstractComm::post_combine(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
+                                                     const RowSums& /*sums*/) {
+  const auto& trip = *itinerary;
+  return start({{rows.far_send, by_rank(trip.far_received, size_), rows.far_recv, by_rank(trip.far_sent, size_)},
+                {rows.near_send, trip.near_received, rows.near_recv, trip.near_sent}});
 }
 
 void AbstractComm::check(const ExchangeSpec& spec) const {
@@ -99,27 +156,29 @@ void AbstractComm::check(const ExchangeSpec& spec) const {
                     spec.send_rows[rank_], " rows but receives ", spec.recv_rows[rank_]);
 }
 
-Leg make_leg(const ExchangeSpec& spec, int64_t rank, const std::vector<bool>& include, int tag) {
-  const auto size = static_cast<int64_t>(spec.send_rows.size());
-  std::vector<int64_t> send_start(size, 0);
-  std::vector<int64_t> recv_start(size, 0);
-  for (int64_t peer = 1; peer < size; ++peer) {
-    send_start[peer] = send_start[peer - 1] + spec.send_rows[peer - 1];
-    recv_start[peer] = recv_start[peer - 1] + spec.recv_rows[peer - 1];
-  }
+Leg make_leg(const std::vector<ExchangeSpec>& parts, int64_t rank, const std::vector<bool>& include, int tag) {
   Leg leg;
   leg.tag = tag;
-  for (int64_t step = 0; step < size; ++step) {  // rank + 1, rank + 2, ...: no peer is everybody's first
-    const int64_t to = (rank + step) % size;
-    const int64_t from = (rank - step + size) % size;
-    if (include[from] && spec.recv_rows[from] > 0 && step > 0)
-      leg.receives.push_back({from, spec.recv.narrow(0, recv_start[from], spec.recv_rows[from])});
-    if (!include[to] || spec.send_rows[to] == 0) continue;
-    auto rows = spec.send.narrow(0, send_start[to], spec.send_rows[to]);
-    if (step > 0)
-      leg.sends.push_back({to, rows});
-    else
-      leg.local_copies.emplace_back(rows, spec.recv.narrow(0, recv_start[rank], spec.recv_rows[rank]));
+  for (const auto& spec : parts) {
+    const auto size = static_cast<int64_t>(spec.send_rows.size());
+    std::vector<int64_t> send_start(size, 0);
+    std::vector<int64_t> recv_start(size, 0);
+    for (int64_t peer = 1; peer < size; ++peer) {
+      send_start[peer] = send_start[peer - 1] + spec.send_rows[peer - 1];
+      recv_start[peer] = recv_start[peer - 1] + spec.recv_rows[peer - 1];
+    }
+    for (int64_t step = 0; step < size; ++step) {  // rank + 1, rank + 2, ...: no peer is everybody's first
+      const int64_t to = (rank + step) % size;
+      const int64_t from = (rank - step + size) % size;
+      if (include[from] && spec.recv_rows[from] > 0 && step > 0)
+        leg.receives.push_back({from, spec.recv.narrow(0, recv_start[from], spec.recv_rows[from])});
+      if (!include[to] || spec.send_rows[to] == 0) continue;
+      auto rows = spec.send.narrow(0, send_start[to], spec.send_rows[to]);
+      if (step > 0)
+        leg.sends.push_back({to, rows});
+      else
+        leg.local_copies.emplace_back(rows, spec.recv.narrow(0, recv_start[rank], spec.recv_rows[rank]));
+    }
   }
   return leg;
 }

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "../registry.h"
+#include "../workspace.h"
+#include "itinerary.h"
 #include "link.h"
 
 namespace planmoe {
@@ -26,15 +28,19 @@ struct ExchangeSpec {
 class Exchange {
  public:
   explicit Exchange(std::vector<std::shared_ptr<Transfer>> transfers) : transfers_(std::move(transfers)) {}
+  virtual ~Exchange() = default;
 
   // True once finished, false when `milliseconds` passed first. Rethrows what went wrong.
   // On an accelerator: makes the current stream wait instead of the host and returns true at once.
-  bool wait_for(int64_t milliseconds);
+  virtual bool wait_for(int64_t milliseconds);
   const std::vector<std::shared_ptr<Transfer>>& transfers() const { return transfers_; }
-  int64_t bytes_sent() const;  // to other ranks
+  int64_t bytes_sent() const;                                   // to other ranks
+  int64_t bytes_sent_on(const std::string& lane) const;         // over that link
+  void set_bytes_sent(int64_t bytes) { other_bytes_ = bytes; }  // where there are no transfers to tell
 
  private:
   std::vector<std::shared_ptr<Transfer>> transfers_;
+  int64_t other_bytes_ = 0;
 };
 
 // What an all-to-all is built from. Group ranks throughout; `node_of_rank` has one entry per group rank.
@@ -45,43 +51,72 @@ struct CommOptions {
   int64_t timeout_ms = 0;  // bound of every wait; 0 = the process group's own timeout
 };
 
-// An all-to-all algorithm. A new one is one file: subclass, implement start(), PLANMOE_REGISTER_COMM.
+// An all-to-all algorithm. A new one is one file: subclass, implement post(), PLANMOE_REGISTER_COMM.
 class AbstractComm {
  public:
   explicit AbstractComm(CommOptions options);
   virtual ~AbstractComm() = default;
 
   // Checks the request (ValueError naming the offending value), then posts it. Never blocks on the network.
-  // Exchanges of one instance run in the order of the calls, which must be the same on every rank.
-  std::shared_ptr<Exchange> start(ExchangeSpec spec);
+  // Exchanges of one instance run in the order of the calls, which must be the same on every rank. Several parts, with
+  // rows of different widths, travel as one exchange.
+  std::shared_ptr<Exchange> start(std::vector<ExchangeSpec> parts);
+
+  // A chunk's rows go out to every rank that wants them; see itinerary.h. Flat algorithms: one exchange of two parts.
+  std::shared_ptr<Exchange> dispatch(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
+                                     const RowRoutes& routes);
+
+  // The way back: one row per row that was sent, the sum of what its receivers return. Flat algorithms: the row itself.
+  std::shared_ptr<Exchange> combine(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
+                                    const RowSums& sums);
+
+  // Where a row for each rank goes first: to that rank, unless another one of its node passes rows on.
+  virtual std::vector<int64_t> first_hops() const;
+  bool passes_on() const { return num_pieces() > 0; }
+  // Into how many pieces at most a message between nodes is cut, so that passing on starts before it is complete;
+  // 0 where nothing is passed on.
+  virtual int64_t num_pieces() const { return 0; }
 
   // Ends the links' threads and lets go of the process groups; no exchange can start after. Call it before the
   // interpreter goes: threads that outlive it may be killed half-way.
-  void close();
+  virtual void close();
+
+  // uint8 [rows, width] for what is sent or received: used again once nobody holds it.
+  at::Tensor take_buffer(int64_t rows, int64_t width) { return workspace_.take(rows, width, options_.device); }
 
   int64_t rank() const { return rank_; }
   int64_t size() const { return size_; }
+  const std::vector<int64_t>& node_of_rank() const { return options_.node_of_rank; }
 
  protected:
-  // `tag` differs between exchanges in flight. Views in `spec` are bytes: uint8 [rows, row_bytes].
-  virtual std::shared_ptr<Exchange> post(const ExchangeSpec& spec, int tag) = 0;
+  // `tag` differs between exchanges in flight. Tensors are bytes: uint8 [rows, row_bytes].
+  virtual std::shared_ptr<Exchange> post(const std::vector<ExchangeSpec>& parts, int tag) = 0;
+  virtual std::shared_ptr<Exchange> post_dispatch(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
+                                                  const RowRoutes& routes);
+  virtual std::shared_ptr<Exchange> post_combine(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
+                                                 const RowSums& sums);
 
   // A link over options.groups[group]; it lives as long as this, or until close().
   Link& add_link(size_t group, std::string lane);
+  int next_tag();
+  const c10::Device& device() const { return options_.device; }
 
  private:
   void check(const ExchangeSpec& spec) const;
+  void check_open() const;
   void connect_everyone() const;
 
   CommOptions options_;
   std::vector<std::unique_ptr<Link>> links_;
+  Workspace workspace_;
   int64_t rank_;
   int64_t size_;
   int next_tag_ = 0;
+  bool closed_ = false;
 };
 
-// The messages of `spec` to and from the peers for which include[peer] holds, nearest rank first.
-Leg make_leg(const ExchangeSpec& spec, int64_t rank, const std::vector<bool>& include, int tag);
+// The messages of `parts` to and from the peers for which include[peer] holds, nearest rank first.
+Leg make_leg(const std::vector<ExchangeSpec>& parts, int64_t rank, const std::vector<bool>& include, int tag);
 
 using CommRegistry = Registry<AbstractComm, const CommOptions&>;
 CommRegistry& comm_registry();

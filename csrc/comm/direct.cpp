@@ -10,9 +10,9 @@ class DirectComm final : public AbstractComm {
       : AbstractComm(options), everyone_(size(), true), link_(add_link(0, "exchange")) {}
 
  protected:
-  std::shared_ptr<Exchange> post(const ExchangeSpec& spec, int tag) override {
+  std::shared_ptr<Exchange> post(const std::vector<ExchangeSpec>& parts, int tag) override {
     return std::make_shared<Exchange>(
-        std::vector<std::shared_ptr<Transfer>>{link_.post(make_leg(spec, rank(), everyone_, tag))});
+        std::vector<std::shared_ptr<Transfer>>{link_.post(make_leg(parts, rank(), everyone_, tag))});
   }
 
  private:

@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -15,13 +16,20 @@ struct Message {
   at::Tensor buffer;
 };
 
+class Transfer;
+
 // The part of an exchange that one link carries.
 struct Leg {
   std::vector<Message> receives;
   std::vector<Message> sends;
   std::vector<std::pair<at::Tensor, at::Tensor>> local_copies;  // (from, to) on this rank
   int tag = 0;
+  // What this leg passes on arrives with `after`, on another link; then `prepare` fills what is sent and copied. Both
+  // run on the link (its thread or stream) once the receives are posted.
+  std::shared_ptr<Transfer> after;
+  std::function<void()> prepare;
 
+  bool empty() const { return receives.empty() && sends.empty() && local_copies.empty(); }
   int64_t bytes_sent() const;
 };
 
@@ -30,6 +38,8 @@ class Transfer {
  public:
   virtual ~Transfer() = default;
   virtual bool wait_for(int64_t milliseconds) = 0;
+  // Accelerators: makes the current stream wait for it. Elsewhere wait_for() does.
+  virtual void order_current_stream() {}
   // When it left and arrived, nanoseconds of the host's monotonic clock; valid once waited for.
   virtual std::pair<int64_t, int64_t> span_ns() const = 0;
 
@@ -37,7 +47,8 @@ class Transfer {
   int64_t bytes_sent = 0;
 };
 
-// A FIFO of legs over one process group: one leg in flight at a time, receives posted before sends.
+// A FIFO of legs over one process group: one leg in flight at a time, receives posted before sends. Legs must be posted
+// in an order that is the same on all ranks and in which every leg comes later than its `after`: nothing can hang then.
 // CPU groups: a worker thread carries legs to completion, so that they progress while the caller computes.
 // Accelerators: a side stream ordered after the caller's current stream.
 class Link {

@@ -17,12 +17,19 @@ class StreamTransfer final : public Transfer {
   }
 
   // Tensors must outlive the side stream's use of them: the current stream is ordered after it first.
-  ~StreamTransfer() override { order_current_stream(); }
+  ~StreamTransfer() override {
+    if (!waited_) order_current_stream();
+  }
 
   bool wait_for(int64_t /*milliseconds*/) override {
     order_current_stream();
+    waited_ = true;
     leg_ = Leg();
     return true;
+  }
+
+  void order_current_stream() override {
+    if (posted_) finished_event_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
   }
 
   std::pair<int64_t, int64_t> span_ns() const override { return {started_.ns(), finished_.ns()}; }
@@ -36,16 +43,11 @@ class StreamTransfer final : public Transfer {
   }
 
  private:
-  void order_current_stream() {
-    if (!posted_) return;
-    finished_event_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
-    posted_ = false;
-  }
-
   Leg leg_;
   c10::Device device_;
   c10::Event finished_event_;
   bool posted_ = false;
+  bool waited_ = false;
   Stamp started_;
   Stamp finished_;
 };
@@ -74,6 +76,8 @@ class StreamLink final : public Link {
 
  private:
   void carry(const Leg& leg) {
+    if (leg.after) leg.after->order_current_stream();
+    if (leg.prepare) leg.prepare();
     c10::intrusive_ptr<c10d::Work> work;
     if (!leg.receives.empty() || !leg.sends.empty()) {
       group_->startCoalescing(device_.type());

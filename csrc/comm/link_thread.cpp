@@ -9,10 +9,13 @@
 #include <thread>
 
 #include "../clock.h"
+#include "../kernels/parallel.h"
 #include "link.h"
 
 namespace planmoe {
 namespace {
+
+constexpr int64_t kSliceMilliseconds = 200;  // how late a link that waits for another one notices the end
 
 using Work = c10::intrusive_ptr<c10d::Work>;
 
@@ -32,7 +35,7 @@ class ThreadTransfer final : public Transfer {
   void finish(std::exception_ptr error) {
     std::lock_guard<std::mutex> lock(mutex_);
     error_ = std::move(error);
-    leg_ = Leg();  // the buffers go back to their owners
+    leg_ = Leg();  // the buffers go back to their owners, the transfer before this one too
     finished_ns_ = host_now_ns();
     finished_ = true;
     done_.notify_all();
@@ -87,6 +90,7 @@ class ThreadLink final : public Link {
   }
 
   void run() {
+    is_link_thread = true;
     std::exception_ptr broken;
     while (true) {
       std::shared_ptr<ThreadTransfer> transfer;
@@ -115,6 +119,8 @@ class ThreadLink final : public Link {
       std::vector<at::Tensor> buffers{message.buffer};
       track(message.peer, group_->recv(buffers, static_cast<int>(message.peer), leg.tag));
     }
+    if (leg.after) wait_for_link(*leg.after);
+    if (leg.prepare) leg.prepare();
     for (const auto& message : leg.sends) {
       std::vector<at::Tensor> buffers{message.buffer};
       track(message.peer, group_->send(buffers, static_cast<int>(message.peer), leg.tag));
@@ -124,6 +130,13 @@ class ThreadLink final : public Link {
     for (const auto& [peer, work] : in_flight_) wait_for_peer(peer, work);
     std::lock_guard<std::mutex> lock(mutex_);
     in_flight_.clear();
+  }
+
+  void wait_for_link(Transfer& transfer) {
+    while (!transfer.wait_for(kSliceMilliseconds)) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      TORCH_CHECK(!stopping_, "planmoe: the exchange was shut down");
+    }
   }
 
   void track(int64_t peer, Work work) {

@@ -11,7 +11,8 @@
 namespace planmoe {
 
 // A wire codec. Rows are independent and every row takes the same, known number of bytes, so receivers can allocate
-// before data arrives. A new one is one file: subclass, implement the members below, PLANMOE_REGISTER_COMPRESSOR.
+// before data arrives. A new one is one file: subclass this or, for the CPU's fused kernels, RowCodec below, implement
+// the members, PLANMOE_REGISTER_COMPRESSOR.
 class AbstractCompressor {
  public:
   virtual ~AbstractCompressor() = default;
@@ -22,16 +23,43 @@ class AbstractCompressor {
   // True when decode(encode(x)) is x, bit for bit.
   virtual bool lossless() const = 0;
 
+  // True when the wire holds the values themselves.
+  virtual bool is_identity() const { return false; }
+
+  // Throws ValueError for a dtype that this codec cannot carry.
+  virtual void check_dtype(at::ScalarType dtype) const;
+
   // rows [R, H] -> uint8 [N, row_bytes]; with `index` (int64 [N]) wire row i encodes rows[index[i]].
   at::Tensor encode(const at::Tensor& rows, const std::optional<at::Tensor>& index) const;
 
-  // wire uint8 [N, row_bytes] -> out [R, H]; with `index` (int64 [N], no duplicates) wire row i goes to out[index[i]],
-  // other rows of `out` keep their value. Non-finite values come back non-finite, never as finite garbage.
+  // The same into the first row_bytes columns of `wire`, uint8 [N, >= row_bytes], whose rows may lie apart.
+  void encode_into(const at::Tensor& rows, const std::optional<at::Tensor>& index, at::Tensor wire) const;
+
+  // wire uint8 [N, >= row_bytes] -> out [R, H]; with `index` (int64 [N], no duplicates) wire row i goes to
+  // out[index[i]], other rows of `out` keep their value. Non-finite values come back non-finite, never as finite
+  // garbage.
   void decode(const at::Tensor& wire, at::Tensor out, const std::optional<at::Tensor>& index) const;
 
+  // Whole tensors on any device: rows [N, H] contiguous, float32 or `dtype` -> uint8 [N, row_bytes], and back to
+  // [N, H] of float32 or `dtype`. wire [N, row_bytes] is contiguous.
+  virtual at::Tensor encode_tensor(const at::Tensor& rows, at::ScalarType dtype) const = 0;
+  virtual at::Tensor decode_tensor(const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) const = 0;
+};
+
+// A codec whose CPU side works row by row on float32 values, which planmoe fuses with gathering, weighting and summing.
+// Accelerators: encode_on_device and decode_on_device; without them the rows travel through the host.
+class RowCodec : public AbstractCompressor {
+ public:
+  // values [hidden] -> wire [row_bytes(hidden, dtype)], and back.
+  virtual void encode_row(const float* values, int64_t hidden, at::ScalarType dtype, uint8_t* wire) const = 0;
+  virtual void decode_row(const uint8_t* wire, int64_t hidden, at::ScalarType dtype, float* values) const = 0;
+
+  at::Tensor encode_tensor(const at::Tensor& rows, at::ScalarType dtype) const final;
+  at::Tensor decode_tensor(const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) const final;
+
  protected:
-  virtual at::Tensor encode_rows(const at::Tensor& rows, const std::optional<at::Tensor>& index) const = 0;
-  virtual void decode_rows(const at::Tensor& wire, at::Tensor out, const std::optional<at::Tensor>& index) const = 0;
+  virtual at::Tensor encode_on_device(const at::Tensor& rows, at::ScalarType dtype) const;
+  virtual at::Tensor decode_on_device(const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) const;
 };
 
 using CompressorRegistry = Registry<AbstractCompressor>;

@@ -13,19 +13,15 @@ class NoneCompressor final : public AbstractCompressor {
   }
 
   bool lossless() const override { return true; }
+  bool is_identity() const override { return true; }
+  void check_dtype(at::ScalarType /*dtype*/) const override {}
 
- protected:
-  at::Tensor encode_rows(const at::Tensor& rows, const std::optional<at::Tensor>& index) const override {
-    return (index ? rows.index_select(0, *index) : rows).view(at::kByte);
+  at::Tensor encode_tensor(const at::Tensor& rows, at::ScalarType dtype) const override {
+    return rows.to(dtype).view(at::kByte);
   }
 
-  void decode_rows(const at::Tensor& wire, at::Tensor out, const std::optional<at::Tensor>& index) const override {
-    if (wire.size(0) == 0) return;
-    auto rows = wire.view(out.scalar_type());
-    if (index)
-      out.index_copy_(0, *index, rows);
-    else
-      out.copy_(rows);
+  at::Tensor decode_tensor(const at::Tensor& wire, int64_t /*hidden*/, at::ScalarType dtype) const override {
+    return wire.view(dtype);
   }
 };
 

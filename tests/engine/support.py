@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from planmoe_ds.backend import make_compressor
 from planmoe_ds.config import parse_config
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import connect
@@ -16,6 +15,7 @@ from planmoe_ds.layer import ExpertParallelLayer
 from planmoe_ds.pipeline import Codecs
 from planmoe_ds.plan import Routes
 from planmoe_ds.recorder import Recorder
+from planmoe_ds.wire import LinkCodecs
 
 
 def make_layer(settings: dict[str, object], index: int = 0) -> ExpertParallelLayer:
@@ -23,7 +23,7 @@ def make_layer(settings: dict[str, object], index: int = 0) -> ExpertParallelLay
     config = parse_config(settings)
     device = rank_device()
     group = connect({"experts": list(range(dist.get_world_size()))}, config, device)["experts"]
-    codecs = Codecs(**{key: make_compressor(name) for key, name in config.compression.model_dump().items()})
+    codecs = Codecs(**{key: LinkCodecs.everywhere(name) for key, name in config.compression.model_dump().items()})
     return ExpertParallelLayer(index=index, config=config, group=group, codecs=codecs, recorder=Recorder(device))
 
 

@@ -26,7 +26,12 @@ MODES = {
     "16 chunks": {"chunks": 16},
     "by expert": {"chunks": 2, "chunk_by": "expert"},
     "two nodes": {"chunks": 2, "ranks_per_node": 2},
+    "one copy per node": {"chunks": 2, "ranks_per_node": 2, "comm": "dedup"},
+    "by expert, one copy per node": {"chunks": 3, "chunk_by": "expert", "ranks_per_node": 2, "comm": "dedup"},
+    "one rank per node": {"comm": "dedup", "ranks_per_node": 1},
+    "one node": {"comm": "dedup", "ranks_per_node": 8},
     "int8": {"compression": "int8"},
+    "int8, one copy per node": {"compression": "int8", "ranks_per_node": 2, "comm": "dedup"},
     "int8 gradients": {"compression": {"gradients": "int8"}},
 }
 

@@ -15,6 +15,7 @@ from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 
+ATTEMPTS = 5  # on a busy machine a rank may come so late to its experts that everything has arrived
 SECONDS = 0.05  # an expert's work, by sleeping: the cores stay free, so what is seen is concurrency and nothing else
 
 
@@ -40,7 +41,7 @@ class SleepingExpert(nn.Module):
 
 
 def trace_one_step(chunks: int) -> list[Span]:
-    hidden, num_tokens = 256, 16384
+    hidden, num_tokens = 1024, 16384
     layer = make_layer({"chunks": chunks, "comm": "direct"})
     experts = [SleepingExpert(hidden)]
     tokens = torch.randn(num_tokens, hidden, requires_grad=True)
@@ -58,14 +59,24 @@ def overlap_ns(first: Span, second: Span) -> int:
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_chunks_overlap(ranks: RankPool, phase: str) -> None:
-    for spans in ranks.run(2, trace_one_step, 4):
-        mine = [span for span in spans if span.phase == phase and span.chunk >= 0]
-        experts = [span for span in mine if span.lane == "compute"]
-        exchanges = [span for span in mine if span.lane == "exchange"]
-        assert sorted({span.chunk for span in experts}) == [0, 1, 2, 3]
-        for name in ("dispatch", "combine"):
-            hidden = [hidden_share(span, experts) for span in exchanges if span.name == name]
-            assert max(hidden) > 0.5, (name, hidden, mine)
+    for _ in range(ATTEMPTS):
+        traces = ranks.run(2, trace_one_step, 4)
+        if all(is_overlapped(spans, phase) for spans in traces):
+            return
+    pytest.fail(f"nothing was hidden: {traces}")
+
+
+def is_overlapped(spans: list[Span], phase: str) -> bool:
+    """Whether most of some dispatch and of some combine was hidden behind the experts' work on other chunks."""
+    mine = [span for span in spans if span.phase == phase and span.chunk >= 0]
+    experts = [span for span in mine if span.lane == "compute"]
+    exchanges = [span for span in mine if span.lane == "exchange"]
+    assert sorted({span.chunk for span in experts}) == [0, 1, 2, 3]
+    hidden = {
+        name: max(hidden_share(span, experts) for span in exchanges if span.name == name)
+        for name in ("dispatch", "combine")
+    }
+    return min(hidden.values()) > 0.5
 
 
 def hidden_share(exchange: Span, experts: list[Span]) -> float:

@@ -1,0 +1,319 @@
+// On the CPU a row goes through one float32 row that stays in cache; elsewhere, and for codecs that only know whole
+// tensors, the same with tensor operations.
+#include "wire_rows.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "parallel.h"
+
+#define PLANMOE_DISPATCH(dtype, name, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, name, __VA_ARGS__)
+
+namespace planmoe {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+template <class scalar>
+using Wide = std::conditional_t<std::is_same_v<scalar, double>, double, float>;
+
+at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+const int64_t* places(const OptionalTensor& index) { return index ? index->const_data_ptr<int64_t>() : nullptr; }
+
+// A row of values as the CPU kernels see it: `Wide` numbers in a scratch row of their own thread.
+template <class wide_t>
+wide_t* scratch(int64_t hidden) {
+  thread_local std::vector<wide_t> row;
+  if (static_cast<int64_t>(row.size()) < hidden) row.resize(hidden);
+  return row.data();
+}
+
+// The CPU's codec of one row: values of `scalar` on the wire's side of a RowCodec, or as they are.
+template <class scalar>
+class RowCoder {
+ public:
+  RowCoder(const AbstractCompressor& codec, int64_t hidden)
+      : identity_(codec.is_identity()), codec_(dynamic_cast<const RowCodec*>(&codec)), hidden_(hidden) {}
+
+  void encode(const Wide<scalar>* values, uint8_t* wire) const {
+    if (identity_) {
+      for (int64_t i = 0; i < hidden_; ++i) {
+        const auto value = static_cast<scalar>(values[i]);
+        std::memcpy(wire + i * sizeof(scalar), &value, sizeof(scalar));
+      }
+    } else if constexpr (!std::is_same_v<scalar, double>) {
+      codec_->encode_row(values, hidden_, c10::CppTypeToScalarType<scalar>::value, wire);
+    }
+  }
+
+  void decode(const uint8_t* wire, Wide<scalar>* values) const {
+    if (identity_) {
+      for (int64_t i = 0; i < hidden_; ++i) {
+        scalar value;
+        std::memcpy(&value, wire + i * sizeof(scalar), sizeof(scalar));
+        values[i] = static_cast<Wide<scalar>>(value);
+      }
+    } else if constexpr (!std::is_same_v<scalar, double>) {
+      codec_->decode_row(wire, hidden_, c10::CppTypeToScalarType<scalar>::value, values);
+    }
+  }
+
+  // The same from and to rows of another dtype.
+  template <class other>
+  void encode_from(const other* values, uint8_t* wire) const {
+    if constexpr (std::is_same_v<other, Wide<scalar>>) {
+      encode(values, wire);
+    } else {
+      auto* row = scratch<Wide<scalar>>(hidden_);
+      for (int64_t h = 0; h < hidden_; ++h) row[h] = static_cast<Wide<scalar>>(values[h]);
+      encode(row, wire);
+    }
+  }
+
+  template <class other>
+  void decode_to(const uint8_t* wire, other* values) const {
+    if constexpr (std::is_same_v<other, Wide<scalar>>) {
+      decode(wire, values);
+    } else {
+      auto* row = scratch<Wide<scalar>>(hidden_);
+      decode(wire, row);
+      for (int64_t h = 0; h < hidden_; ++h) values[h] = static_cast<other>(row[h]);
+    }
+  }
+
+ private:
+  bool identity_;
+  const RowCodec* codec_;
+  int64_t hidden_;
+};
+
+// Sixteen sums at a time, so that the compiler may use vectors; the order is fixed.
+template <class wide_t, class scalar>
+wide_t dot(const wide_t* left, const scalar* right, int64_t count) {
+  constexpr int64_t kLanes = 16;
+  wide_t sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += left[i + lane] * static_cast<wide_t>(right[i + lane]);
+  wide_t total = 0;
+  for (; i < count; ++i) total += left[i] * static_cast<wide_t>(right[i]);
+  for (const wide_t sum : sums) total += sum;
+  return total;
+}
+
+bool by_rows(const AbstractCompressor& codec, const at::Tensor& tensor) {
+  return tensor.device().is_cpu() && (codec.is_identity() || dynamic_cast<const RowCodec*>(&codec) != nullptr);
+}
+
+// Both ends of a wire as the tensor path needs them.
+at::Tensor decoded(const AbstractCompressor& codec, const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) {
+  const auto bytes = codec.row_bytes(hidden, dtype);
+  if (wire.size(0) == 0) return at::empty({0, hidden}, wire.options().dtype(wide(dtype)));
+  return codec.decode_tensor(wire.narrow(1, 0, bytes).contiguous(), hidden, dtype);
+}
+
+void put_encoded(const AbstractCompressor& codec, const at::Tensor& rows, at::ScalarType dtype, at::Tensor& wire) {
+  if (rows.size(0) == 0) return;
+  wire.narrow(1, 0, codec.row_bytes(rows.size(1), dtype)).copy_(codec.encode_tensor(rows.contiguous(), dtype));
+}
+
+}  // namespace
+
+void pack(const AbstractCompressor& codec, const at::Tensor& rows, const OptionalTensor& index, at::ScalarType dtype,
+          at::Tensor wire) {
+  const int64_t hidden = rows.size(1);
+  if (!by_rows(codec, rows)) return put_encoded(codec, index ? rows.index_select(0, *index) : rows, dtype, wire);
+  const int64_t* from = places(index);
+  auto* bytes = wire.mutable_data_ptr<uint8_t>();
+  const int64_t stride = wire.stride(0);
+  PLANMOE_DISPATCH(rows.scalar_type(), "pack", [&] {
+    using row_t = scalar_t;
+    const auto* values = rows.const_data_ptr<row_t>();
+    if (codec.is_identity() && dtype == rows.scalar_type()) {
+      return for_each_row(wire.size(0), hidden, [&](int64_t i) {
+        std::memcpy(bytes + i * stride, values + (from ? from[i] : i) * hidden, hidden * sizeof(row_t));
+      });
+    }
+    PLANMOE_DISPATCH(dtype, "pack", [&] {
+      const RowCoder<scalar_t> coder(codec, hidden);
+      for_each_row(wire.size(0), hidden, [&](int64_t i) {
+        const row_t* row = values + (from ? from[i] : i) * hidden;
+        coder.encode_from(row, bytes + i * stride);
+      });
+    });
+  });
+}
+
+void unpack(const AbstractCompressor& codec, const at::Tensor& wire, at::Tensor out, const OptionalTensor& index) {
+  const int64_t hidden = out.size(1);
+  const auto dtype = out.scalar_type();
+  if (!by_rows(codec, out)) {
+    auto rows = decoded(codec, wire, hidden, dtype).to(dtype);
+    if (index)
+      out.index_copy_(0, *index, rows);
+    else
+      out.copy_(rows);
+    return;
+  }
+  const int64_t* to = places(index);
+  const auto* bytes = wire.const_data_ptr<uint8_t>();
+  const int64_t stride = wire.stride(0);
+  PLANMOE_DISPATCH(dtype, "unpack", [&] {
+    auto* values = out.mutable_data_ptr<scalar_t>();
+    const RowCoder<scalar_t> coder(codec, hidden);
+    for_each_row(wire.size(0), hidden, [&](int64_t i) {
+      scalar_t* row = values + (to ? to[i] : i) * hidden;
+      if (codec.is_identity())
+        std::memcpy(row, bytes + i * stride, hidden * sizeof(scalar_t));
+      else
+        coder.decode_to(bytes + i * stride, row);
+    });
+  });
+}
+
+void unpack_add(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
+                const OptionalTensor& index, at::Tensor sum) {
+  const int64_t hidden = sum.size(1);
+  if (!by_rows(codec, sum)) {
+    auto rows = decoded(codec, wire, hidden, dtype).to(sum.scalar_type());
+    if (index)
+      sum.index_add_(0, *index, rows);
+    else
+      sum.add_(rows);
+    return;
+  }
+  const int64_t* to = places(index);
+  const auto* bytes = wire.const_data_ptr<uint8_t>();
+  PLANMOE_DISPATCH(dtype, "unpack_add", [&] {
+    auto* sums = sum.mutable_data_ptr<Wide<scalar_t>>();
+    const RowCoder<scalar_t> coder(codec, hidden);
+    auto* row = scratch<Wide<scalar_t>>(hidden);
+    for (int64_t i = 0; i < wire.size(0); ++i) {  // several rows may have one sum
+      coder.decode(bytes + i * wire.stride(0), row);
+      auto* target = sums + (to ? to[i] : i) * hidden;
+      for (int64_t h = 0; h < hidden; ++h) target[h] += row[h];
+    }
+  });
+}
+
+void spread_rows(const AbstractCompressor& codec, const at::Tensor& wire, const Spread& spread, bool weighted,
+                 at::Tensor out) {
+  const int64_t hidden = out.size(1);
+  const auto dtype = out.scalar_type();
+  if (!by_rows(codec, out)) {
+    auto rows = decoded(codec, wire, hidden, dtype).index_select(0, spread.source);
+    if (weighted) rows = rows.to(wide(dtype)) * spread.weight.unsqueeze(1);
+    out.index_copy_(0, spread.target, rows.to(dtype));
+    return;
+  }
+  const auto* start = spread.start.const_data_ptr<int64_t>();
+  const auto* target = spread.target.const_data_ptr<int64_t>();
+  const auto* bytes = wire.const_data_ptr<uint8_t>();
+  const int64_t stride = wire.stride(0);
+  PLANMOE_DISPATCH(dtype, "spread_rows", [&] {
+    using wide_t = Wide<scalar_t>;
+    const auto* weight = weighted ? spread.weight.const_data_ptr<wide_t>() : nullptr;
+    auto* values = out.mutable_data_ptr<scalar_t>();
+    const RowCoder<scalar_t> coder(codec, hidden);
+    for_each_row(wire.size(0), hidden, [&](int64_t i) {
+      if (codec.is_identity() && !weighted) {
+        for (int64_t e = start[i]; e < start[i + 1]; ++e)
+          std::memcpy(values + target[e] * hidden, bytes + i * stride, hidden * sizeof(scalar_t));
+        return;
+      }
+      auto* row = scratch<wide_t>(hidden);
+      coder.decode(bytes + i * stride, row);
+      for (int64_t e = start[i]; e < start[i + 1]; ++e) {
+        const wide_t factor = weight ? weight[e] : wide_t{1};
+        scalar_t* to = values + target[e] * hidden;
+        for (int64_t h = 0; h < hidden; ++h) to[h] = static_cast<scalar_t>(row[h] * factor);
+      }
+    });
+  });
+}
+
+void fold_rows(const AbstractCompressor& codec, const at::Tensor& rows, const Spread& spread, bool weighted,
+               at::Tensor wire) {
+  const int64_t hidden = rows.size(1);
+  const auto dtype = rows.scalar_type();
+  if (!by_rows(codec, rows)) {
+    auto picked = rows.index_select(0, spread.target).to(wide(dtype));
+    if (weighted) picked = picked * spread.weight.unsqueeze(1);
+    auto sums = at::zeros({wire.size(0), hidden}, picked.options()).index_add_(0, spread.source, picked);
+    return put_encoded(codec, sums, dtype, wire);
+  }
+  const auto* start = spread.start.const_data_ptr<int64_t>();
+  const auto* target = spread.target.const_data_ptr<int64_t>();
+  auto* bytes = wire.mutable_data_ptr<uint8_t>();
+  const int64_t stride = wire.stride(0);
+  PLANMOE_DISPATCH(dtype, "fold_rows", [&] {
+    using wide_t = Wide<scalar_t>;
+    const auto* weight = weighted ? spread.weight.const_data_ptr<wide_t>() : nullptr;
+    const auto* values = rows.const_data_ptr<scalar_t>();
+    const RowCoder<scalar_t> coder(codec, hidden);
+    for_each_row(wire.size(0), hidden, [&](int64_t i) {
+      if (codec.is_identity() && !weighted && start[i + 1] - start[i] == 1) {
+        std::memcpy(bytes + i * stride, values + target[start[i]] * hidden, hidden * sizeof(scalar_t));
+        return;
+      }
+      auto* sum = scratch<wide_t>(hidden);
+      std::fill(sum, sum + hidden, wide_t{0});
+      for (int64_t e = start[i]; e < start[i + 1]; ++e) {
+        const wide_t factor = weight ? weight[e] : wide_t{1};
+        const scalar_t* row = values + target[e] * hidden;
+        for (int64_t h = 0; h < hidden; ++h) sum[h] += static_cast<wide_t>(row[h]) * factor;
+      }
+      coder.encode(sum, bytes + i * stride);
+    });
+  });
+}
+
+at::Tensor dot_rows(const AbstractCompressor& codec, const at::Tensor& wire, const Spread& spread,
+                    const at::Tensor& rows, int64_t top_k) {
+  const int64_t hidden = rows.size(1);
+  const auto dtype = rows.scalar_type();
+  auto result = at::zeros({wire.size(0), top_k}, rows.options().dtype(wide(dtype)));
+  if (!by_rows(codec, rows)) {
+    auto left = decoded(codec, wire, hidden, dtype).index_select(0, spread.source).to(wide(dtype));
+    auto right = rows.index_select(0, spread.target).to(wide(dtype));
+    result.view({-1}).index_copy_(0, spread.source * top_k + spread.route, (left * right).sum(1));
+    return result;
+  }
+  const auto* start = spread.start.const_data_ptr<int64_t>();
+  const auto* target = spread.target.const_data_ptr<int64_t>();
+  const auto* route = spread.route.const_data_ptr<int64_t>();
+  const auto* bytes = wire.const_data_ptr<uint8_t>();
+  PLANMOE_DISPATCH(dtype, "dot_rows", [&] {
+    using wide_t = Wide<scalar_t>;
+    const auto* values = rows.const_data_ptr<scalar_t>();
+    auto* dots = result.mutable_data_ptr<wide_t>();
+    const RowCoder<scalar_t> coder(codec, hidden);
+    for_each_row(wire.size(0), hidden, [&](int64_t i) {
+      auto* left = scratch<wide_t>(hidden);
+      coder.decode(bytes + i * wire.stride(0), left);
+      for (int64_t e = start[i]; e < start[i + 1]; ++e) {
+        const scalar_t* right = values + target[e] * hidden;
+        dots[i * top_k + route[e]] = dot(left, right, hidden);
+      }
+    });
+  });
+  return result;
+}
+
+void gather_bytes(const at::Tensor& from, const at::Tensor& index, at::Tensor to) {
+  const auto* rows = index.defined() ? index.const_data_ptr<int64_t>() : nullptr;
+  const auto* source = from.const_data_ptr<uint8_t>();
+  auto* target = to.mutable_data_ptr<uint8_t>();
+  for_each_row(to.size(0), from.size(1), [&](int64_t i) {
+    std::memcpy(target + i * to.stride(0), source + (rows ? rows[i] : i) * from.stride(0), from.size(1));
+  });
+}
+
+}  // namespace planmoe

@@ -1,0 +1,59 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+namespace planmoe {
+
+// Byte buffers that are used again once nobody holds them: steady state allocates nothing. CPU only; accelerators
+// have a caching allocator. A buffer is free when no tensor but the pool's own refers to its storage.
+class Workspace {
+ public:
+  // uint8 [rows, width], contiguous, not initialised.
+  at::Tensor take(int64_t rows, int64_t width, c10::Device device) {
+    const auto options = at::TensorOptions().dtype(at::kByte).device(device);
+    const int64_t bytes = rows * width;
+    if (!device.is_cpu() || bytes == 0) return at::empty({rows, width}, options);
+    std::lock_guard<std::mutex> lock(mutex_);
+    at::Tensor* best = nullptr;
+    for (auto& buffer : buffers_)
+      if (buffer.storage().use_count() == 1 && buffer.numel() >= bytes && (!best || buffer.numel() < best->numel()))
+        best = &buffer;
+    if (!best || best->numel() > kWaste * bytes + kSmall) {
+      drop_one_too_small(bytes);
+      buffers_.push_back(at::empty({bytes + bytes / 4}, options));  // room for a little more next time
+      best = &buffers_.back();
+    }
+    return best->narrow(0, 0, bytes).view({rows, width});
+  }
+
+  int64_t bytes_held() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    int64_t total = 0;
+    for (const auto& buffer : buffers_) total += buffer.numel();
+    return total;
+  }
+
+ private:
+  static constexpr int64_t kWaste = 4;
+  static constexpr int64_t kSmall = 1 << 16;
+
+  // A request that outgrew the pool takes the place of the largest free buffer below it.
+  void drop_one_too_small(int64_t bytes) {
+    auto victim = buffers_.end();
+    for (auto buffer = buffers_.begin(); buffer != buffers_.end(); ++buffer)
+      if (buffer->storage().use_count() == 1 && buffer->numel() < bytes &&
+          (victim == buffers_.end() || victim->numel() < buffer->numel()))
+        victim = buffer;
+    if (victim != buffers_.end()) buffers_.erase(victim);
+  }
+
+  mutable std::mutex mutex_;
+  std::vector<at::Tensor> buffers_;
+};
+
+}  // namespace planmoe
