@@ -3,8 +3,10 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace planmoe {
@@ -23,24 +25,27 @@ class Workspace {
     for (auto& buffer : buffers_)
       if (buffer.storage().use_count() == 1 && buffer.numel() >= bytes && (!best || buffer.numel() < best->numel()))
         best = &buffer;
-    if (!best || best->numel() > kWaste * bytes + kSmall) {
+    if (!best || best->numel() > bytes + bytes / 2 + kSmall) {
       drop_one_too_small(bytes);
-      buffers_.push_back(at::empty({bytes + bytes / 4}, options));  // room for a little more next time
+      buffers_.push_back(at::empty({bytes + bytes / 8}, options));  // room for a little more next time
       best = &buffers_.back();
     }
-    return best->narrow(0, 0, bytes).view({rows, width});
+    auto taken = best->narrow(0, 0, bytes).view({rows, width});
+    int64_t in_use = 0;
+    for (const auto& buffer : buffers_)
+      if (buffer.storage().use_count() > 1) in_use += buffer.numel();
+    peak_ = std::max(peak_, in_use);
+    return taken;
   }
 
-  int64_t bytes_held() const {
+  // Most bytes in use at once since the last call.
+  int64_t take_peak() {
     std::lock_guard<std::mutex> lock(mutex_);
-    int64_t total = 0;
-    for (const auto& buffer : buffers_) total += buffer.numel();
-    return total;
+    return std::exchange(peak_, 0);
   }
 
  private:
-  static constexpr int64_t kWaste = 4;
-  static constexpr int64_t kSmall = 1 << 16;
+  static constexpr int64_t kSmall = 1 << 12;
 
   // A request that outgrew the pool takes the place of the largest free buffer below it.
   void drop_one_too_small(int64_t bytes) {
@@ -52,8 +57,9 @@ class Workspace {
     if (victim != buffers_.end()) buffers_.erase(victim);
   }
 
-  mutable std::mutex mutex_;
+  std::mutex mutex_;
   std::vector<at::Tensor> buffers_;
+  int64_t peak_ = 0;
 };
 
 }  // namespace planmoe

@@ -71,6 +71,8 @@ AbstractComm::AbstractComm(CommOptions options) : options_(std::move(options)) {
   TORCH_CHECK_VALUE(rank_ >= 0 && rank_ < size_, "this process is not in the group (rank ", rank_, " of ", size_, ")");
   TORCH_CHECK_VALUE(static_cast<int64_t>(options_.node_of_rank.size()) == size_, "node_of_rank has ",
                     options_.node_of_rank.size(), " entries, the group has ", size_, " ranks");
+  for (const auto node : options_.node_of_rank)
+    TORCH_CHECK_VALUE(node >= 0, "node_of_rank must not be negative, got ", c10::IntArrayRef(options_.node_of_rank));
   TORCH_CHECK_VALUE(options_.timeout_ms >= 0, "timeout_ms must not be negative, got ", options_.timeout_ms);
   connect_everyone();
 }

@@ -57,7 +57,8 @@ class AbstractComm {
   explicit AbstractComm(CommOptions options);
   virtual ~AbstractComm() = default;
 
-  // Checks the request (ValueError naming the offending value), then posts it. Never blocks on the network.
+  // Checks the request (ValueError naming the offending value), then posts it. Does not block on the network, except
+  // `hierarchical` on accelerators, which waits for the counts of its node.
   // Exchanges of one instance run in the order of the calls, which must be the same on every rank. Several parts, with
   // rows of different widths, travel as one exchange.
   std::shared_ptr<Exchange> start(std::vector<ExchangeSpec> parts);
@@ -83,7 +84,10 @@ class AbstractComm {
 
   // uint8 [rows, width] for what is sent or received: used again once nobody holds it.
   at::Tensor take_buffer(int64_t rows, int64_t width) { return workspace_.take(rows, width, options_.device); }
+  int64_t take_peak_bytes() { return workspace_.take_peak(); }  // of these buffers since the last call
 
+  const std::vector<c10::intrusive_ptr<c10d::ProcessGroup>>& groups() const { return options_.groups; }
+  const c10::Device& device() const { return options_.device; }
   int64_t rank() const { return rank_; }
   int64_t size() const { return size_; }
   const std::vector<int64_t>& node_of_rank() const { return options_.node_of_rank; }
@@ -99,7 +103,6 @@ class AbstractComm {
   // A link over options.groups[group]; it lives as long as this, or until close().
   Link& add_link(size_t group, std::string lane);
   int next_tag();
-  const c10::Device& device() const { return options_.device; }
 
  private:
   void check(const ExchangeSpec& spec) const;

@@ -11,6 +11,7 @@
 
 #include "../kernels/routing.h"
 #include "../kernels/wire_rows.h"
+#include "nodes.h"
 #include "pipe.h"
 
 namespace planmoe {
@@ -19,12 +20,6 @@ namespace {
 constexpr int64_t kPieces = 8;
 
 using Counts = std::vector<int64_t>;
-
-Counts starts(const Counts& rows) {
-  Counts result(rows.size(), 0);
-  for (size_t i = 1; i < rows.size(); ++i) result[i] = result[i - 1] + rows[i - 1];
-  return result;
-}
 
 void copy_rows(const at::Tensor& from, const at::Tensor& index, at::Tensor to) {
   if (from.device().is_cpu())
@@ -37,30 +32,16 @@ void copy_rows(const at::Tensor& from, const at::Tensor& index, at::Tensor to) {
 
 class DedupComm final : public PipeComm {
  public:
-  explicit DedupComm(const CommOptions& options) : PipeComm(options), local_(local_ranks(options.node_of_rank)) {
-    const auto& nodes = options.node_of_rank;
-    for (int64_t peer = 0; peer < size(); ++peer) {
-      const auto node = static_cast<size_t>(nodes[peer]);
-      if (ranks_.size() <= node) ranks_.resize(node + 1);
-      ranks_[node].push_back(peer);
-    }
-    ranks_.erase(std::remove_if(ranks_.begin(), ranks_.end(), [](const Counts& ranks) { return ranks.empty(); }),
-                 ranks_.end());
-    for (size_t node = 0; node < ranks_.size(); ++node) {
-      group_ = std::max<int64_t>(group_, ranks_[node].size());
-      if (std::count(ranks_[node].begin(), ranks_[node].end(), rank())) my_node_ = static_cast<int64_t>(node);
-    }
-  }
-
+  explicit DedupComm(const CommOptions& options) : PipeComm(options), nodes_(options.node_of_rank, rank()) {}
   ~DedupComm() override { close(); }  // the links' threads use what goes next
 
   int64_t num_pieces() const override { return kPieces; }
 
   std::vector<int64_t> first_hops() const override {
     Counts hops(size());
-    for (size_t node = 0; node < ranks_.size(); ++node)
-      for (const auto peer : ranks_[node])
-        hops[peer] = static_cast<int64_t>(node) == my_node_ ? peer : passer(rank(), node);
+    for (int64_t node = 0; node < nodes_.count(); ++node)
+      for (const auto peer : nodes_.on(node))
+        hops[peer] = node == nodes_.my_node() ? peer : nodes_.counterpart(rank(), node);
     return hops;
   }
 
@@ -99,19 +80,8 @@ class DedupComm final : public PipeComm {
       for (const auto source : step.sources) {
         const auto place = source * kPieces + step.piece;
         if (trip->passed[place] == 0) continue;
-        FanOut fan{place, passing.narrow(0, passed_at[place], trip->passed[place]), {}};
-        for (size_t g = 0; g < mine().size(); ++g) {
-          const auto count = trip->fan[place * group_ + g];
-          at::Tensor copy;
-          if (count > 0 && mine()[g] == rank())
-            copy = rows.far_recv.narrow(0, received_at[place], count);
-          else if (count == trip->passed[place])
-            leg.sends.push_back({mine()[g], fan.rows});
-          else if (count > 0)
-            leg.sends.push_back({mine()[g], copy = take_buffer(count, passing.size(1))});
-          fan.copies.push_back(copy);
-        }
-        fans.push_back(std::move(fan));
+        fans.push_back({place, passing.narrow(0, passed_at[place], trip->passed[place]),
+                        rows.far_recv.narrow(0, received_at[place], trip->far_received[place])});
       }
       each_other_passer(step, [&](int64_t other, int64_t source) {
         const auto place = source * kPieces + step.piece;
@@ -120,7 +90,9 @@ class DedupComm final : public PipeComm {
       });
       if (leg.receives.empty() && fans.empty()) return;
       if (!fans.empty())
-        leg.prepare = [this, fans, trip, routes, first_time] { fan_out(fans, *trip, routes, first_time); };
+        leg.prepare = [this, fans, trip, routes, first_time](Leg& sent) {
+          for (const auto& fan : fans) fan_out(fan, *trip, routes, first_time, sent);
+        };
       transfers.push_back(intra().post(std::move(leg)));
     });
     return std::make_shared<Exchange>(std::move(transfers));
@@ -140,9 +112,9 @@ class DedupComm final : public PipeComm {
       for (const auto source : step.sources) {
         const auto place = source * kPieces + step.piece;
         if (trip->passed[place] == 0) continue;
-        FanIn fan{place, {}, take_buffer(trip->passed[place], rows.far_recv.size(1))};
+        FanIn fan{place, source, {}, rows.far_recv.size(1)};
         for (size_t g = 0; g < mine().size(); ++g) {
-          const auto count = trip->fan[place * group_ + g];
+          const auto count = trip->fan[place * nodes_.largest() + g];
           at::Tensor part;
           if (count > 0 && mine()[g] == rank())
             part = rows.far_send.narrow(0, received_at[place], count);
@@ -150,7 +122,6 @@ class DedupComm final : public PipeComm {
             inside.receives.push_back({mine()[g], part = take_buffer(count, rows.far_send.size(1))});
           fan.parts.push_back(part);
         }
-        between.sends.push_back({source, fan.sum});
         fans.push_back(std::move(fan));
       }
       each_other_passer(step, [&](int64_t other, int64_t source) {
@@ -162,8 +133,11 @@ class DedupComm final : public PipeComm {
       if (trip->far_sent[place] > 0)
         between.receives.push_back({step.next_hop, rows.far_recv.narrow(0, sent_at[place], trip->far_sent[place])});
       if (!inside.empty()) transfers.push_back(between.after = intra().post(std::move(inside)));
-      if (between.empty()) return;
-      if (!fans.empty()) between.prepare = [this, fans, trip, sums] { fan_in(fans, *trip, sums); };
+      if (between.receives.empty() && fans.empty()) return;
+      if (!fans.empty())
+        between.prepare = [this, fans, trip, sums](Leg& sent) {
+          for (const auto& fan : fans) fan_in(fan, *trip, sums, sent);
+        };
       transfers.push_back(inter().post(std::move(between)));
     });
     transfers.push_back(post_near(rows, trip->near_received, trip->near_sent));
@@ -180,30 +154,29 @@ class DedupComm final : public PipeComm {
   };
   struct FanOut {
     int64_t place;
-    at::Tensor rows;
-    std::vector<at::Tensor> copies;  // per rank of the node; not defined where nothing is copied
+    at::Tensor rows;  // that this rank passes on
+    at::Tensor kept;  // where those for itself go
   };
   struct FanIn {
     int64_t place;
+    int64_t source;
     std::vector<at::Tensor> parts;  // per rank of the node; not defined where it has nothing
-    at::Tensor sum;
+    int64_t width;                  // of the sums
   };
 
-  const Counts& mine() const { return ranks_[my_node_]; }
+  const Counts& mine() const { return nodes_.mine(); }
 
-  int64_t passer(int64_t source, size_t node) const {
-    return ranks_[node][local_[source] % static_cast<int64_t>(ranks_[node].size())];
-  }
+  // Who of this node passes the rows of `source` on.
+  int64_t passer(int64_t source) const { return nodes_.counterpart(source, nodes_.my_node()); }
 
   template <class Function>
   void each_step(const Function& function) const {
-    const auto num_nodes = static_cast<int64_t>(ranks_.size());
-    for (int64_t distance = 1; distance < num_nodes; ++distance) {
+    for (int64_t distance = 1; distance < nodes_.count(); ++distance) {
       Step step;
-      step.node = (my_node_ - distance + num_nodes) % num_nodes;
-      step.next_hop = passer(rank(), (my_node_ + distance) % num_nodes);
-      for (const auto source : ranks_[step.node])
-        if (passer(source, my_node_) == rank()) step.sources.push_back(source);
+      step.node = (nodes_.my_node() - distance + nodes_.count()) % nodes_.count();
+      step.next_hop = nodes_.counterpart(rank(), (nodes_.my_node() + distance) % nodes_.count());
+      for (const auto source : nodes_.on(step.node))
+        if (passer(source) == rank()) step.sources.push_back(source);
       for (step.piece = 0; step.piece < kPieces; ++step.piece) function(step);
     }
   }
@@ -211,8 +184,8 @@ class DedupComm final : public PipeComm {
   // The other ranks of this node that pass rows on in a step, with the sources of these rows.
   template <class Function>
   void each_other_passer(const Step& step, const Function& function) const {
-    for (const auto source : ranks_[step.node])
-      if (const auto other = passer(source, my_node_); other != rank()) function(other, source);
+    for (const auto source : nodes_.on(step.node))
+      if (const auto other = passer(source); other != rank()) function(other, source);
   }
 
   std::shared_ptr<Transfer> post_near(const ChunkRows& rows, const Counts& send_rows, const Counts& recv_rows) {
@@ -221,16 +194,22 @@ class DedupComm final : public PipeComm {
         make_leg({{rows.near_send, send_rows, rows.near_recv, recv_rows}}, rank(), everyone, next_tag()));
   }
 
-  void fan_out(const std::vector<FanOut>& fans, Itinerary& trip, const RowRoutes& routes, bool first_time) const {
-    for (const auto& fan : fans) {
-      auto* index = &trip.fan_rows[fan.place * group_];
-      if (first_time) {
-        const Counts counts(&trip.fan[fan.place * group_], &trip.fan[fan.place * group_] + mine().size());
-        const auto found = find_fan(fan.rows, routes, mine(), counts);
-        std::copy(found.begin(), found.end(), index);
+  void fan_out(const FanOut& fan, Itinerary& trip, const RowRoutes& routes, bool first_time, Leg& leg) {
+    auto* index = &trip.fan_rows[fan.place * nodes_.largest()];
+    const auto* counts = &trip.fan[fan.place * nodes_.largest()];
+    if (first_time) {
+      const auto found = find_fan(fan.rows, routes, mine(), Counts(counts, counts + mine().size()));
+      std::copy(found.begin(), found.end(), index);
+    }
+    for (size_t g = 0; g < mine().size(); ++g) {
+      if (counts[g] == 0) continue;
+      if (mine()[g] == rank()) {
+        copy_rows(fan.rows, index[g], fan.kept);
+        continue;
       }
-      for (size_t g = 0; g < mine().size(); ++g)
-        if (fan.copies[g].defined()) copy_rows(fan.rows, index[g], fan.copies[g]);
+      auto rows = fan.rows;
+      if (index[g].defined()) copy_rows(fan.rows, index[g], rows = take_buffer(counts[g], fan.rows.size(1)));
+      leg.sends.push_back({mine()[g], rows});
     }
   }
 
@@ -244,31 +223,29 @@ class DedupComm final : public PipeComm {
     return bytes.view(dtype);
   }
 
-  void fan_in(const std::vector<FanIn>& fans, const Itinerary& trip, const RowSums& sums) {
+  void fan_in(const FanIn& fan, const Itinerary& trip, const RowSums& sums, Leg& leg) {
     const auto wide = sums.dtype == at::kDouble ? at::kDouble : at::kFloat;
     const auto extra_bytes = sums.extra * static_cast<int64_t>(c10::elementSize(wide));
     const auto inner_bytes = aligned(sums.inner->row_bytes(sums.hidden, sums.dtype));
     const auto outer_bytes = aligned(sums.outer->row_bytes(sums.hidden, sums.dtype));
     const auto none = compressor_registry().create("none");
-    for (const auto& fan : fans) {
-      auto sum = zeros(fan.sum.size(0), sums.hidden, wide);
-      auto extra = zeros(fan.sum.size(0), sums.extra, wide);
-      for (size_t g = 0; g < mine().size(); ++g) {
-        if (!fan.parts[g].defined()) continue;
-        const auto& rows = trip.fan_rows[fan.place * group_ + g];
-        const auto index = rows.defined() ? std::optional<at::Tensor>(rows) : std::nullopt;
-        unpack_add(*sums.inner, fan.parts[g], sums.dtype, index, sum);
-        if (sums.extra > 0) unpack_add(*none, fan.parts[g].narrow(1, inner_bytes, extra_bytes), wide, index, extra);
-      }
-      pack(*sums.outer, sum, std::nullopt, sums.dtype, fan.sum);
-      if (sums.extra > 0) pack(*none, extra, std::nullopt, wide, fan.sum.narrow(1, outer_bytes, extra_bytes));
+    const auto num_rows = trip.passed[fan.place];
+    auto sum = zeros(num_rows, sums.hidden, wide);
+    auto extra = zeros(num_rows, sums.extra, wide);
+    for (size_t g = 0; g < mine().size(); ++g) {
+      if (!fan.parts[g].defined()) continue;
+      const auto& rows = trip.fan_rows[fan.place * nodes_.largest() + g];
+      const auto index = rows.defined() ? std::optional<at::Tensor>(rows) : std::nullopt;
+      unpack_add(*sums.inner, fan.parts[g], sums.dtype, index, sum);
+      if (sums.extra > 0) unpack_add(*none, fan.parts[g].narrow(1, inner_bytes, extra_bytes), wide, index, extra);
     }
+    auto wire = take_buffer(num_rows, fan.width);
+    pack(*sums.outer, sum, std::nullopt, sums.dtype, wire);
+    if (sums.extra > 0) pack(*none, extra, std::nullopt, wide, wire.narrow(1, outer_bytes, extra_bytes));
+    leg.sends.push_back({fan.source, wire});
   }
 
-  std::vector<int64_t> local_;
-  std::vector<Counts> ranks_;  // of every node, ascending
-  int64_t group_ = 0;          // most ranks on a node
-  int64_t my_node_ = 0;
+  Nodes nodes_;
 };
 
 PLANMOE_REGISTER_COMM("dedup", DedupComm);

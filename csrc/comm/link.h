@@ -25,9 +25,10 @@ struct Leg {
   std::vector<std::pair<at::Tensor, at::Tensor>> local_copies;  // (from, to) on this rank
   int tag = 0;
   // What this leg passes on arrives with `after`, on another link; then `prepare` fills what is sent and copied. Both
-  // run on the link (its thread or stream) once the receives are posted.
+  // run on the link (its thread or stream) once the receives are posted and the legs before have finished. `prepare`
+  // may append messages and copies whose sizes were not known earlier.
   std::shared_ptr<Transfer> after;
-  std::function<void()> prepare;
+  std::function<void(Leg&)> prepare;
 
   bool empty() const { return receives.empty() && sends.empty() && local_copies.empty(); }
   int64_t bytes_sent() const;
@@ -44,7 +45,7 @@ class Transfer {
   virtual std::pair<int64_t, int64_t> span_ns() const = 0;
 
   std::string lane;
-  int64_t bytes_sent = 0;
+  int64_t bytes_sent = 0;  // final once waited for
 };
 
 // A FIFO of legs over one process group: one leg in flight at a time, receives posted before sends. Legs must be posted

@@ -12,9 +12,7 @@ namespace {
 
 class StreamTransfer final : public Transfer {
  public:
-  StreamTransfer(Leg leg, c10::Device device) : leg_(std::move(leg)), device_(device), finished_event_(device.type()) {
-    bytes_sent = leg_.bytes_sent();
-  }
+  StreamTransfer(Leg leg, c10::Device device) : leg_(std::move(leg)), device_(device), finished_event_(device.type()) {}
 
   // Tensors must outlive the side stream's use of them: the current stream is ordered after it first.
   ~StreamTransfer() override {
@@ -34,9 +32,10 @@ class StreamTransfer final : public Transfer {
 
   std::pair<int64_t, int64_t> span_ns() const override { return {started_.ns(), finished_.ns()}; }
 
-  const Leg& leg() const { return leg_; }
+  Leg& leg() { return leg_; }
   void mark_started(const Clock& clock) { started_ = clock.stamp(); }
   void mark_finished(const Clock& clock, const c10::Stream& side) {
+    bytes_sent = leg_.bytes_sent();
     finished_ = clock.stamp();
     finished_event_.record(side);
     posted_ = true;
@@ -75,9 +74,9 @@ class StreamLink final : public Link {
   }
 
  private:
-  void carry(const Leg& leg) {
+  void carry(Leg& leg) {
     if (leg.after) leg.after->order_current_stream();
-    if (leg.prepare) leg.prepare();
+    if (leg.prepare) leg.prepare(leg);
     c10::intrusive_ptr<c10d::Work> work;
     if (!leg.receives.empty() || !leg.sends.empty()) {
       group_->startCoalescing(device_.type());

@@ -21,7 +21,7 @@ using Work = c10::intrusive_ptr<c10d::Work>;
 
 class ThreadTransfer final : public Transfer {
  public:
-  explicit ThreadTransfer(Leg leg) : leg_(std::move(leg)) { bytes_sent = leg_.bytes_sent(); }
+  explicit ThreadTransfer(Leg leg) : leg_(std::move(leg)) {}
 
   bool wait_for(int64_t milliseconds) override {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -35,6 +35,7 @@ class ThreadTransfer final : public Transfer {
   void finish(std::exception_ptr error) {
     std::lock_guard<std::mutex> lock(mutex_);
     error_ = std::move(error);
+    bytes_sent = leg_.bytes_sent();
     leg_ = Leg();  // the buffers go back to their owners, the transfer before this one too
     finished_ns_ = host_now_ns();
     finished_ = true;
@@ -42,7 +43,7 @@ class ThreadTransfer final : public Transfer {
   }
 
   void mark_started() { started_ns_ = host_now_ns(); }
-  const Leg& leg() const { return leg_; }
+  Leg& leg() { return leg_; }
 
  private:
   Leg leg_;
@@ -114,13 +115,12 @@ class ThreadLink final : public Link {
     }
   }
 
-  void carry(const Leg& leg) {
-    for (const auto& message : leg.receives) {
-      std::vector<at::Tensor> buffers{message.buffer};
-      track(message.peer, group_->recv(buffers, static_cast<int>(message.peer), leg.tag));
-    }
+  void carry(Leg& leg) {
+    post_receives(leg, 0);
+    const auto num_posted = leg.receives.size();
     if (leg.after) wait_for_link(*leg.after);
-    if (leg.prepare) leg.prepare();
+    if (leg.prepare) leg.prepare(leg);
+    post_receives(leg, num_posted);
     for (const auto& message : leg.sends) {
       std::vector<at::Tensor> buffers{message.buffer};
       track(message.peer, group_->send(buffers, static_cast<int>(message.peer), leg.tag));
@@ -132,11 +132,21 @@ class ThreadLink final : public Link {
     in_flight_.clear();
   }
 
-  void wait_for_link(Transfer& transfer) {
-    while (!transfer.wait_for(kSliceMilliseconds)) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      TORCH_CHECK(!stopping_, "planmoe: the exchange was shut down");
+  void post_receives(const Leg& leg, size_t first) {
+    for (size_t i = first; i < leg.receives.size(); ++i) {
+      const auto& message = leg.receives[i];
+      std::vector<at::Tensor> buffers{message.buffer};
+      track(message.peer, group_->recv(buffers, static_cast<int>(message.peer), leg.tag));
     }
+  }
+
+  void wait_for_link(Transfer& transfer) {
+    while (!transfer.wait_for(kSliceMilliseconds)) check_not_stopping();
+  }
+
+  void check_not_stopping() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!stopping_, "planmoe: the exchange was shut down");
   }
 
   void track(int64_t peer, Work work) {
@@ -152,6 +162,7 @@ class ThreadLink final : public Link {
     } catch (const std::exception& error) {
       reason = error.what();
     }
+    check_not_stopping();
     TORCH_CHECK(false, "planmoe: the exchange on the ", lane_, " link with rank ", peer,
                 " of the expert-parallel group did not finish (this is rank ", group_->getRank(),
                 "): the peer died, left the step, or took longer than the timeout. Reported: ", reason);

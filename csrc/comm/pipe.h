@@ -15,6 +15,7 @@ class PipeComm : public AbstractComm {
  protected:
   std::shared_ptr<Exchange> post(const std::vector<ExchangeSpec>& parts, int tag) override;
 
+  const std::vector<bool>& same_node() const { return same_node_; }
   Link& intra() { return *intra_; }
   Link& inter() { return *inter_; }
 
