@@ -1,16 +1,12 @@
-"""The compiled backend, loaded once, with an error that says how to build it."""
+"""All-to-alls and compressors by name, compiled or plugged in, and the rest of the compiled backend."""
 
 from __future__ import annotations
 
-import torch  # noqa: F401  the extension needs torch's libraries in the process
+import torch
+import torch.distributed as dist
 
-try:
-    from planmoe_ds import _C
-except ImportError as error:
-    raise ImportError(
-        f"planmoe_ds._C, the compiled backend, cannot be loaded ({error}). Build it against the torch in use: "
-        "`pip install --no-build-isolation -e .` in the planmoe_ds checkout; `planmoe doctor` checks the rest."
-    ) from error
+from planmoe_ds.native import _C
+from planmoe_ds.plugins import PLUGINS
 
 ChunkRows = _C.ChunkRows
 Clock = _C.Clock
@@ -27,13 +23,9 @@ Stamp = _C.Stamp
 TokenOrder = _C.TokenOrder
 aligned = _C.aligned
 build_info = _C.build_info
-comm_names = _C.comm_names
-compressor_names = _C.compressor_names
 dot_rows = _C.dot_rows
 find_experts = _C.find_experts
 fold_rows = _C.fold_rows
-make_comm = _C.make_comm
-make_compressor = _C.make_compressor
 order_tokens = _C.order_tokens
 spread_rows = _C.spread_rows
 unpack_add = _C.unpack_add
@@ -65,3 +57,38 @@ __all__ = [
     "spread_rows",
     "unpack_add",
 ]
+
+
+def make_comm(
+    name: str, groups: list[dist.ProcessGroup], node_of_rank: list[int], device: torch.device, timeout_ms: int = 0
+) -> Comm:
+    """The all-to-all `name` over `groups`, process groups of the same ranks; node_of_rank: by group rank.
+
+    timeout_ms bounds every wait; 0: the groups' own timeout. ValueError for an unknown name (it lists all), a group
+    without this rank, and numbers that do not fit the group.
+    """
+    plugin = PLUGINS.comms.find(name)
+    for place, group in enumerate(groups):
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(  # noqa: TRY004
+                f"groups[{place}] is {group!r}, expected a process group with this rank, {dist.get_rank()}, in it"
+            )
+    if plugin is None:
+        return _C.make_comm(name, groups, node_of_rank, device, timeout_ms)
+    return plugin(groups, node_of_rank, device, timeout_ms)
+
+
+def make_compressor(name: str) -> Compressor:
+    """The codec `name`; ValueError for an unknown one, listing all."""
+    plugin = PLUGINS.compressors.find(name)
+    return _C.make_compressor(name) if plugin is None else plugin()
+
+
+def comm_names() -> list[str]:
+    """All-to-alls that make_comm knows, sorted."""
+    return PLUGINS.comms.names()
+
+
+def compressor_names() -> list[str]:
+    """Compressors that make_compressor knows, sorted."""
+    return PLUGINS.compressors.names()

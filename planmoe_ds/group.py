@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -19,12 +20,16 @@ from planmoe_ds.backend import (
     LaunchLedger,
     RowRoutes,
     RowSums,
+    comm_names,
     make_comm,
 )
-from planmoe_ds.config import PlanMoEConfig
+from planmoe_ds.choose import Choice, LayerTraffic, choose_comm
+from planmoe_ds.config import AUTO, Exactness, PlanMoEConfig
+from planmoe_ds.costs import ClusterCosts
 from planmoe_ds.errors import PlanMoEMismatchError
+from planmoe_ds.probe import run_probe
 from planmoe_ds.threads import batch_threads
-from planmoe_ds.topology import find_topology
+from planmoe_ds.topology import Topology, find_topology
 
 NUM_LINKS = 2  # process groups per set of ranks: one for the links inside nodes, one between them
 
@@ -65,13 +70,15 @@ class SidedArrival:
 class ExpertGroup:
     """A set of ranks with an all-to-all of its own; group ranks throughout.
 
-    ledger: the launches of all groups of this process; number: this group's among them, the same on every rank.
+    ledger: the launches of all groups of this process; number: this group's among them, the same on every rank;
+    choice: the all-to-all in use, and why.
     """
 
     comm: Comm
     global_ranks: tuple[int, ...]
     ledger: LaunchLedger
     number: int
+    choice: Choice
 
     @property
     def rank(self) -> int:
@@ -85,7 +92,7 @@ class ExpertGroup:
 
     @cached_property
     def is_near(self) -> torch.Tensor:
-        """bool [P]: the ranks on this rank's node, itself among them."""
+        """A bool [P]: the ranks on this rank's node, itself among them."""
         nodes = torch.tensor(self.comm.node_of_rank)
         return nodes == nodes[self.rank]
 
@@ -147,27 +154,64 @@ def _chunk_rows(send: Sides, recv: Sides) -> ChunkRows:
     return ChunkRows(near_send=send.near, far_send=send.far, near_recv=recv.near, far_recv=recv.far)
 
 
-def connect(my_groups: dict[str, list[int]], config: PlanMoEConfig, device: torch.device) -> dict[str, ExpertGroup]:
+def connect(
+    my_groups: dict[str, list[int]],
+    config: PlanMoEConfig,
+    device: torch.device,
+    traffic: Mapping[str, LayerTraffic] | None = None,
+) -> dict[str, ExpertGroup]:
     """Create the groups of `my_groups` (name -> global ranks); every rank of the world calls this at the same time.
 
     planmoe has process groups of its own, so that its traffic never mixes with the framework's collectives.
+    traffic: what layers send in a group, by name, for the all-to-all "auto"; "auto" is "direct" for groups without.
     """
     everyone: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, my_groups)
     _check_membership(everyone)
     timeout = timedelta(seconds=config.timeout_seconds) if config.timeout_seconds is not None else None
     distinct = sorted({tuple(ranks) for groups in everyone for ranks in groups.values()})
-    nodes = find_topology(config.ranks_per_node).node_of_rank
+    topology = find_topology(config.ranks_per_node)
+    loads = {tuple(my_groups[name]): load for name, load in (traffic or {}).items()}
+    choices = _choose(distinct, loads, topology, config, device)
     milliseconds = round(config.timeout_seconds * 1000) if config.timeout_seconds is not None else 0
     ledger = LaunchLedger(dist.get_world_size())
     connected: dict[tuple[int, ...], ExpertGroup] = {}
     with batch_threads():
         made = {ranks: [dist.new_group(list(ranks), timeout=timeout) for _ in range(NUM_LINKS)] for ranks in distinct}
         for ranks in sorted({tuple(ranks) for ranks in my_groups.values()}):
-            comm = make_comm(config.comm, made[ranks], [nodes[rank] for rank in ranks], device, milliseconds)
-            connected[ranks] = ExpertGroup(comm, ranks, ledger, distinct.index(ranks))
+            choice = choices[ranks]
+            nodes = list(topology.subset(ranks).node_of_rank)
+            comm = make_comm(choice.name, made[ranks], nodes, device, milliseconds)
+            connected[ranks] = ExpertGroup(comm, ranks, ledger, distinct.index(ranks), choice)
             weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends
     return {name: connected[tuple(ranks)] for name, ranks in my_groups.items()}
+
+
+def _choose(
+    distinct: list[tuple[int, ...]],
+    loads: dict[tuple[int, ...], LayerTraffic],
+    topology: Topology,
+    config: PlanMoEConfig,
+    device: torch.device,
+) -> dict[tuple[int, ...], Choice]:
+    """The all-to-all of every group that this rank is in, or might be asked about; probes the links where "auto" must.
+
+    Every rank decides alike, because all have the same costs and a group's ranks have the same layers.
+    """
+    if config.comm != AUTO:
+        return dict.fromkeys(distinct, Choice(config.comm, "as the config says", {}))
+    choices = dict.fromkeys(distinct, Choice("direct", "direct: no layer's traffic is known", {}))
+    exact = config.resolved_exactness is Exactness.EXACT
+    costs: ClusterCosts | None = None
+    if any(topology.subset(ranks).num_nodes > 1 for ranks in distinct):
+        costs = run_probe(device, topology).costs
+    for ranks, load in loads.items():
+        places = topology.subset(ranks)
+        if places.num_nodes == 1 or costs is None:
+            choices[ranks] = Choice("direct", "direct: one node: nothing crosses between nodes", {})
+        else:
+            choices[ranks] = choose_comm(costs, places, load, comm_names(), exact=exact)
+    return choices
 
 
 def _check_membership(everyone: list[dict[str, list[int]]]) -> None:

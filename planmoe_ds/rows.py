@@ -94,17 +94,16 @@ def plan_row_trip(
     sent_PL = order.counts_XE[chunk].reshape(received_PL.shape)
     first_row = int(order.counts_XE[:chunk].sum())
     row_base_PL = (sent_PL.flatten().cumsum(0) - sent_PL.flatten()).reshape(sent_PL.shape) + first_row
-    sides = []
-    for chosen in (is_near, ~is_near):
-        sides.append(
-            RowSide(
-                row=_runs(row_base_PL[chosen], sent_PL[chosen]).to(device),
-                buffer_row=_runs(base_PL[chosen], received_PL[chosen]).to(device),
-                sent=torch.where(chosen, sent_PL.sum(1), 0).tolist(),
-                received=torch.where(chosen, received_PL.sum(1), 0).tolist(),
-            )
+
+    def side(chosen: torch.Tensor) -> RowSide:
+        return RowSide(
+            row=_runs(row_base_PL[chosen], sent_PL[chosen]).to(device),
+            buffer_row=_runs(base_PL[chosen], received_PL[chosen]).to(device),
+            sent=torch.where(chosen, sent_PL.sum(1), 0).tolist(),
+            received=torch.where(chosen, received_PL.sum(1), 0).tolist(),
         )
-    return RowTrip(*sides)
+
+    return RowTrip(side(is_near), side(~is_near))
 
 
 def _runs(start: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -13,24 +13,28 @@ CommOptions make_options(Groups groups, std::vector<int64_t> node_of_rank, const
   return {std::move(groups), std::move(node_of_rank), device, timeout_ms};
 }
 
-// What a Python algorithm's post() returned: anything with wait(), or None when it is done.
+// What a Python algorithm's post() returned: anything with wait(), or None when it is done. Keeps the buffers until then.
 class PythonExchange final : public Exchange {
  public:
-  explicit PythonExchange(py::object handle) : Exchange({}), handle_(std::move(handle)) {}
+  PythonExchange(py::object handle, py::list parts)
+      : Exchange({}), handle_(std::move(handle)), parts_(std::move(parts)) {}
   ~PythonExchange() override {
     py::gil_scoped_acquire gil;
     handle_ = py::object();
+    parts_ = py::object();
   }
 
   bool wait_for(int64_t /*milliseconds*/) override {
     py::gil_scoped_acquire gil;
     if (!handle_.is_none()) handle_.attr("wait")();
     handle_ = py::none();
+    parts_ = py::none();
     return true;
   }
 
  private:
   py::object handle_;
+  py::object parts_;
 };
 
 // An all-to-all written in Python: the overridden post() of planmoe_ds.AbstractComm.
@@ -46,7 +50,7 @@ class PythonComm final : public AbstractComm, public py::trampoline_self_life_su
     for (const auto& part : parts) listed.append(py::make_tuple(part.send, part.send_rows, part.recv, part.recv_rows));
     const auto post = py::get_override(static_cast<const AbstractComm*>(this), "post");
     TORCH_CHECK_NOT_IMPLEMENTED(post, "a subclass of planmoe_ds.AbstractComm must define post(self, parts)");
-    auto exchange = std::make_shared<PythonExchange>(post(listed));
+    auto exchange = std::make_shared<PythonExchange>(post(listed), listed);
     exchange->set_bytes_sent(bytes_to_others(parts));
     return exchange;
   }
@@ -58,6 +62,17 @@ class PythonComm final : public AbstractComm, public py::trampoline_self_life_su
     return total;
   }
 };
+
+// The same all-to-all, but let go without the interpreter's lock: its links' threads end only when they are through with
+// a Python codec, which needs it.
+std::shared_ptr<AbstractComm> released_unlocked(std::shared_ptr<AbstractComm> comm) {
+  auto* pointer = comm.get();
+  return {pointer, [owner = std::move(comm)](AbstractComm* /*pointer*/) mutable {
+            if (!PyGILState_Check()) return owner.reset();
+            py::gil_scoped_release release;
+            owner.reset();
+          }};
+}
 
 // Waits in slices so that Ctrl-C reaches Python.
 void wait(Exchange& exchange) {
@@ -158,6 +173,8 @@ void bind_comms(py::module_& module) {
   py::class_<AbstractComm, PythonComm, py::smart_holder>(module, "Comm")
       .def(py::init<Groups, std::vector<int64_t>, const c10::Device&, int64_t>(), py::arg("groups"),
            py::arg("node_of_rank"), py::arg("device"), py::arg("timeout_ms") = 0)
+      .def_property_readonly("groups", &AbstractComm::groups)
+      .def_property_readonly("device", &AbstractComm::device)
       .def_property_readonly("rank", &AbstractComm::rank)
       .def_property_readonly("size", &AbstractComm::size)
       .def_property_readonly("node_of_rank", &AbstractComm::node_of_rank)
@@ -166,6 +183,7 @@ void bind_comms(py::module_& module) {
       .def_property_readonly("passes_on", &AbstractComm::passes_on)
       .def("close", &AbstractComm::close, NoGil())
       .def("take_buffer", &AbstractComm::take_buffer, py::arg("rows"), py::arg("width"), NoGil())
+      .def("take_peak_bytes", &AbstractComm::take_peak_bytes)
       .def("start", &start_rows, py::arg("send"), py::arg("send_rows"), py::arg("recv"), py::arg("recv_rows"), NoGil())
       .def("start_parts", &AbstractComm::start, py::arg("parts"), NoGil())
       .def("dispatch", &AbstractComm::dispatch, py::arg("rows"), py::arg("itinerary"), py::arg("routes"), NoGil())
@@ -175,8 +193,8 @@ void bind_comms(py::module_& module) {
       "make_comm",
       [](const std::string& name, Groups groups, std::vector<int64_t> node_of_rank, const c10::Device& device,
          int64_t timeout_ms) {
-        return comm_registry().create(name,
-                                      make_options(std::move(groups), std::move(node_of_rank), device, timeout_ms));
+        return released_unlocked(
+            comm_registry().create(name, make_options(std::move(groups), std::move(node_of_rank), device, timeout_ms)));
       },
       py::arg("name"), py::arg("groups"), py::arg("node_of_rank"), py::arg("device"), py::arg("timeout_ms") = 0);
   module.def("aligned", &aligned, py::arg("num_bytes"));

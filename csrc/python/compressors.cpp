@@ -1,8 +1,37 @@
+#include <exception>
+#include <memory>
+
 #include "../compressor/abstract.h"
 #include "bind.h"
 
 namespace planmoe {
 namespace {
+
+// What a Python codec raised, as it is. pybind11's own error may be thrown into Python once only, but a link's thread
+// keeps its error for every exchange that it can no longer carry.
+class RaisedInPython final : public std::runtime_error {
+ public:
+  explicit RaisedInPython(const py::error_already_set& error)
+      : std::runtime_error(error.what()), value_(new py::object(error.value()), [](py::object* value) {
+          py::gil_scoped_acquire gil;
+          delete value;
+        }) {}
+
+  void raise() const { PyErr_SetObject(py::type::handle_of(*value_).ptr(), value_->ptr()); }
+
+ private:
+  std::shared_ptr<py::object> value_;
+};
+
+template <class Function>
+auto call_python(const Function& function) {
+  py::gil_scoped_acquire gil;
+  try {
+    return function();
+  } catch (const py::error_already_set& error) {
+    throw RaisedInPython(error);
+  }
+}
 
 // A compressor written in Python: the overridden methods of planmoe_ds.AbstractCompressor.
 class PythonCompressor final : public AbstractCompressor, public py::trampoline_self_life_support {
@@ -10,11 +39,13 @@ class PythonCompressor final : public AbstractCompressor, public py::trampoline_
   using AbstractCompressor::AbstractCompressor;
 
   int64_t row_bytes(int64_t hidden, at::ScalarType dtype) const override {
-    PYBIND11_OVERRIDE_PURE(int64_t, AbstractCompressor, row_bytes, hidden, dtype);
+    return call_python([&] { return method("row_bytes")(hidden, dtype).cast<int64_t>(); });
   }
-  bool lossless() const override { PYBIND11_OVERRIDE_PURE_NAME(bool, AbstractCompressor, "is_lossless", lossless); }
+  bool lossless() const override {
+    return call_python([&] { return method("is_lossless")().cast<bool>(); });
+  }
   at::Tensor encode_tensor(const at::Tensor& rows, at::ScalarType dtype) const override {
-    auto wire = python_encode(rows, dtype);
+    const auto wire = call_python([&] { return method("encode_tensor")(rows, dtype).cast<at::Tensor>(); });
     TORCH_CHECK_VALUE(wire.scalar_type() == at::kByte && wire.dim() == 2 && wire.size(0) == rows.size(0) &&
                           wire.size(1) == row_bytes(rows.size(1), dtype),
                       "encode_tensor must return uint8 [", rows.size(0), ", ", row_bytes(rows.size(1), dtype),
@@ -22,24 +53,30 @@ class PythonCompressor final : public AbstractCompressor, public py::trampoline_
     return wire;
   }
   at::Tensor decode_tensor(const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) const override {
-    auto rows = python_decode(wire, hidden, dtype);
+    const auto rows = call_python([&] { return method("decode_tensor")(wire, hidden, dtype).cast<at::Tensor>(); });
     TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(0) == wire.size(0) && rows.size(1) == hidden,
                       "decode_tensor must return [", wire.size(0), ", ", hidden, "], got ", rows.sizes());
     return rows;
   }
 
  private:
-  at::Tensor python_encode(const at::Tensor& rows, at::ScalarType dtype) const {
-    PYBIND11_OVERRIDE_PURE_NAME(at::Tensor, AbstractCompressor, "encode_tensor", encode_tensor, rows, dtype);
-  }
-  at::Tensor python_decode(const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) const {
-    PYBIND11_OVERRIDE_PURE_NAME(at::Tensor, AbstractCompressor, "decode_tensor", decode_tensor, wire, hidden, dtype);
+  py::function method(const char* name) const {
+    auto found = py::get_override(static_cast<const AbstractCompressor*>(this), name);
+    TORCH_CHECK_NOT_IMPLEMENTED(found, "a subclass of planmoe_ds.AbstractCompressor must define ", name, "()");
+    return found;
   }
 };
 
 }  // namespace
 
 void bind_compressors(py::module_& module) {
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const RaisedInPython& raised) {
+      raised.raise();
+    }
+  });
   py::class_<AbstractCompressor, PythonCompressor, py::smart_holder>(module, "Compressor")
       .def(py::init<>())
       .def("row_bytes", &AbstractCompressor::row_bytes, py::arg("hidden"), py::arg("dtype"))

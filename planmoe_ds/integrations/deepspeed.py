@@ -24,7 +24,8 @@ from deepspeed.utils.bwc import (
 from torch import nn
 
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
-from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
+from planmoe_ds.choose import LayerTraffic
+from planmoe_ds.config import AUTO, PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup, connect
@@ -36,6 +37,7 @@ from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_row
 from planmoe_ds.wire import LinkCodecs
 
 SECTION = "planmoe"
+NOMINAL_TOKENS = 4096  # tokens per rank and layer call that all-to-alls are compared for
 SHARED_SETTINGS = (  # of DeepSpeed's own: ranks that disagree on them hang without a word
     "gradient_accumulation_steps",
     "train_batch_size",
@@ -188,7 +190,8 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
     tensor_parallel_size = bwc_tensor_model_parallel_world_size(groups.mpu)
     if tensor_parallel_size > 1:
         my_groups["tensor parallel"] = list(dist.get_process_group_ranks(bwc_tensor_model_parallel_group(groups.mpu)))
-    connected = connect(my_groups, config, device)
+    traffic = {layer.ep_group_name: _traffic(layer) for layer in layers}
+    connected = connect(my_groups, config, device, traffic)
     recorder = Recorder(device)
     codecs = Codecs(**{key: LinkCodecs.everywhere(name) for key, name in config.compression.model_dump().items()})
     for index, layer in enumerate(layers):
@@ -198,8 +201,20 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
         )
         layer.tensor_parallel = _split(connected, tensor_parallel_size)
     if dist.get_rank() == 0:
-        print(_announcement(layers, config), file=sys.stderr, flush=True)
+        print(_announcement(layers, config, connected), file=sys.stderr, flush=True)
     return Session(config, len(layers), recorder)
+
+
+def _traffic(layer: MOELayer) -> LayerTraffic:
+    """What a layer sends, as far as it is known before the first batch."""
+    weight = layer.gate.wg.weight
+    return LayerTraffic(
+        tokens_per_rank=NOMINAL_TOKENS,
+        row_bytes=weight.shape[1] * next(layer.experts.parameters()).element_size(),
+        top_k=layer.gate.k,
+        num_experts=layer.ep_size * layer.num_local_experts,
+        once_per_rank=True,
+    )
 
 
 def _split(connected: dict[str, ExpertGroup], size: int) -> TensorParallelSplit | None:
@@ -212,14 +227,16 @@ def _split(connected: dict[str, ExpertGroup], size: int) -> TensorParallelSplit 
     return TensorParallelSplit(bwc_tensor_model_parallel_rank(groups.mpu), size, connected["tensor parallel"])
 
 
-def _announcement(layers: list[MOELayer], config: PlanMoEConfig) -> str:
+def _announcement(layers: list[MOELayer], config: PlanMoEConfig, connected: dict[str, ExpertGroup]) -> str:
     if not layers:
         return "planmoe: on, but the model has no deepspeed.moe.layer.MoE: nothing to do"
     codecs = config.compression.model_dump()
     names = ", ".join(f"{key} {name}" for key, name in codecs.items())
     sizes = sorted({layer.ep_size for layer in layers})
+    choices = [connected[layer.ep_group_name].choice for layer in layers]
+    comm = " and ".join(sorted({choice.name if config.comm != AUTO else choice.reason for choice in choices}))
     return (
-        f"planmoe: active on {len(layers)} MoE layers: all-to-all {config.comm}, {config.chunks} chunks by "
+        f"planmoe: active on {len(layers)} MoE layers: all-to-all {comm}, {config.chunks} chunks by "
         f"{config.chunk_by.value}, {config.resolved_exactness.value}, compression ({names}), expert-parallel size "
         f"{', '.join(map(str, sizes))}"
     )

@@ -1,20 +1,30 @@
-"""Every registered compressor keeps its contract; a new codec adds one row to MAX_ERROR."""
+"""Every compressor, compiled or in Python, keeps its contract; a new codec adds one row to MAX_ERROR."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from planmoe_ds.backend import compressor_names, make_compressor
+from tests.contract.plugins import plugged_in
 
-MAX_ERROR = {"none": 0.0, "int8": 0.008}  # ||decoded - x|| / ||x|| on normal data
-BITS_PER_VALUE = {"none": None, "int8": 8.25}  # at 128 values per row; None: the dtype's own
+# ||decoded - x|| / ||x|| on normal data
+MAX_ERROR = {"none": 0.0, "int8": 0.008, "python-bf16": 0.004, "installed-copy": 0.0}
+# at 128 values per row; None: the dtype's own
+BITS_PER_VALUE = {"none": None, "int8": 8.25, "python-bf16": 16, "installed-copy": None}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DTYPE_ERROR = {torch.float32: 0.0, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # rounding of the output
 
 codecs = pytest.mark.parametrize("name", sorted(MAX_ERROR))
+
+
+@pytest.fixture(autouse=True)
+def _plugins(package: str) -> Iterator[None]:
+    with plugged_in(package):
+        yield
 
 
 def normal(rows: int, hidden: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -120,19 +130,19 @@ def test_bad_wire(name: str) -> None:
     wire = codec.encode(torch.zeros(2, 128))
     with pytest.raises(ValueError, match="wire must be"):
         codec.decode(wire[:, :-1].contiguous(), torch.zeros(2, 128))
-    with pytest.raises(ValueError, match="wire has 2 rows, out has 3"):
+    with pytest.raises(ValueError, match="wire has 2 rows, expected 3"):
         codec.decode(wire, torch.zeros(3, 128))
-    with pytest.raises(ValueError, match="index has 1 entries, expected 2"):
+    with pytest.raises(ValueError, match="wire has 2 rows, expected 1"):
         codec.decode(wire, torch.zeros(3, 128), torch.tensor([0]))
 
 
 def test_int8_refuses_float64() -> None:
-    with pytest.raises(ValueError, match="'int8' takes float32, float16 or bfloat16"):
+    with pytest.raises(ValueError, match="takes float32, float16 or bfloat16 rows, got Double"):
         make_compressor("int8").encode(torch.zeros(1, 4, dtype=torch.float64))
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown compressor 'int9'; known: int8, none"):
+    with pytest.raises(ValueError, match="unknown compressor 'int9'; known: installed-copy, int8, none, python-bf16"):
         make_compressor("int9")
 
 
