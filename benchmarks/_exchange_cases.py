@@ -7,18 +7,23 @@ from dataclasses import dataclass
 import torch
 
 KIB = 1024
-EXPERTS_PER_RANK = 4
+EXPERTS_PER_RANK = 8
 TOKENS_PER_RANK = 256
 
 
 @dataclass(frozen=True)
 class Case:
-    """One exchange: `rows[i][j]` rows of `row_bytes` bytes go from rank i to rank j."""
+    """One exchange: `rows[i][j]` rows of `row_bytes` bytes go from rank i to rank j.
+
+    Routed cases have one row per route, as stock dispatchers send them; experts[i] are rank i's routes, [K, T].
+    """
 
     name: str
     rows: list[list[int]]
     row_bytes: int
     pair_bytes: int | None = None  # bytes from every rank to every rank where they are all equal
+    experts: list[torch.Tensor] | None = None
+    experts_per_rank: int = EXPERTS_PER_RANK
 
     @property
     def largest_bytes(self) -> int:
@@ -38,13 +43,13 @@ def routed_case(world_size: int, top_k: int, skewed: bool, row_bytes: int = 4 * 
     num_experts = world_size * EXPERTS_PER_RANK
     generator = torch.Generator().manual_seed(top_k)
     popularity = -torch.arange(1, num_experts + 1).log() if skewed else torch.zeros(num_experts)
-    rows = []
+    rows, experts = [], []
     for _ in range(world_size):
         uniform = torch.rand(TOKENS_PER_RANK, num_experts, generator=generator)
         score = popularity - (-uniform.log()).log()  # its k largest are a draw without replacement
-        chosen = score.topk(top_k, dim=1).indices // EXPERTS_PER_RANK
-        rows.append(torch.bincount(chosen.flatten(), minlength=world_size).tolist())
-    return Case(f"{'skewed' if skewed else 'uniform'} k={top_k}", rows, row_bytes)
+        experts.append(score.topk(top_k, dim=1).indices.t().contiguous())
+        rows.append(torch.bincount(experts[-1].flatten() // EXPERTS_PER_RANK, minlength=world_size).tolist())
+    return Case(f"{'skewed' if skewed else 'uniform'} k={top_k}", rows, row_bytes, experts=experts)
 
 
 def make_cases(world_size: int, pair_sizes: list[int], top_ks: list[int]) -> list[Case]:

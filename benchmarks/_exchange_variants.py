@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks._exchange_cases import Case
-from benchmarks._exchange_report import ONLY_INTER, ONLY_INTRA, SERIAL, STOCK, STOCK_BATCH
+from benchmarks._exchange_report import ONLY_INTER, ONLY_INTRA, ROUND_TRIP, SERIAL, STOCK, STOCK_BATCH
+from benchmarks._exchange_routed import RoutedRun, least_inter_bytes, prepare
 from planmoe_ds.backend import Comm, comm_names, make_comm
 from planmoe_ds.threads import batch_threads
+
+ISSUES = 100  # exchanges started to see what starting costs
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Variants:
 
     def __init__(self, node_of_rank: list[int], device: torch.device) -> None:
         here = node_of_rank[dist.get_rank()]
+        self.node_of_rank = node_of_rank
+        self.device = device
         self.same_node = [node == here for node in node_of_rank]
         self.other_node = [node != here for node in node_of_rank]
         self.stock_group = dist.new_group()
@@ -81,6 +87,37 @@ class Variants:
         runs[ONLY_INTRA] = partial(_carry, direct, intra)
         runs[ONLY_INTER] = partial(_carry, direct, inter)
         return runs
+
+    def issue_seconds(self, buffers: Buffers) -> float:
+        """Median time that a rank's own thread takes to start an exchange, per peer; the slowest rank's; collective."""
+        comm, times = self.comms["direct"], []
+        for _ in range(ISSUES):
+            start = time.perf_counter()
+            exchange = comm.start(buffers.send, buffers.send_rows, buffers.recv, buffers.recv_rows)
+            times.append(time.perf_counter() - start)
+            exchange.wait()
+        per_peer = torch.tensor([statistics.median(times) / max(1, dist.get_world_size() - 1)])
+        dist.all_reduce(per_peer, op=dist.ReduceOp.MAX)
+        return float(per_peer)
+
+    def bind_routed(self, case: Case, buffers: Buffers) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
+        """A layer's rows out and back, by stock (one row per route) and by every algorithm, and facts about dedup.
+
+        dedup_bytes: bytes between nodes over the least; dedup_memory: see RoutedRun.extra_bytes_over_received.
+        """
+        routed: dict[str, RoutedRun] = {name: prepare(case, comm, self.device) for name, comm in self.comms.items()}
+        stock = self.bind(buffers)[STOCK]
+
+        def stock_both_ways() -> None:
+            stock()
+            stock()  # the way back has the same rows
+
+        runs = {STOCK + ROUND_TRIP: stock_both_ways}
+        runs |= {name + ROUND_TRIP: run.both_ways for name, run in routed.items()}
+        least = least_inter_bytes(case, self.node_of_rank)
+        dedup = routed["dedup"]
+        ratio = dedup.inter_bytes() / least if least > 0 else 1.0
+        return runs, {"dedup_bytes": ratio, "dedup_memory": dedup.extra_bytes_over_received()}
 
     def check(self, buffers: Buffers) -> None:
         """Every algorithm delivers what all_to_all_single does; RuntimeError names one that does not."""

@@ -6,6 +6,8 @@
 all_to_all_single is torch's own, over a process group as torch makes it and (`… batch`) over one whose threads have
 planmoe's scheduling policy. `not overlapped` carries the rows inside nodes, then those between nodes. Bounds: `only
 intra` and `only inter` carry one class of links' rows and leave the other's out. Seconds are the slowest rank's.
+Routed cases also carry a layer's rows out and back (⇄): all_to_all_single one row per route each way, planmoe's
+algorithms one per token and rank, dedup one per token and node; packing and summing are planmoe's times' part.
 Exit code 77: this machine cannot emulate a cluster.
 """
 
@@ -23,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._exchange_report import print_table, results  # noqa: E402
+from benchmarks._exchange_report import print_round_trips, print_table, results  # noqa: E402
 from benchmarks.cluster import ClusterSpec, run_on_cluster  # noqa: E402
 
 SAMPLE_BYTES = 256 << 10  # small exchanges are timed several in a row
@@ -81,8 +83,15 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         buffers = make_buffers(case, device)
         variants.check(buffers)
         in_a_row = max(1, min(MOST_IN_A_ROW, SAMPLE_BYTES // case.largest_bytes))
-        seconds = take_turns(variants.bind(buffers), in_a_row, device, arguments)
-        measured.append({"case": case.name, "pair_bytes": case.pair_bytes, "in_a_row": in_a_row, "seconds": seconds})
+        runs = variants.bind(buffers)
+        entry: dict[str, Any] = {"case": case.name, "pair_bytes": case.pair_bytes, "in_a_row": in_a_row}
+        if case.experts is not None:
+            round_trips, facts = variants.bind_routed(case, buffers)
+            runs |= round_trips
+            entry |= facts
+        elif case.pair_bytes == min(sizes):
+            entry["issue_seconds_per_peer"] = variants.issue_seconds(buffers)
+        measured.append(entry | {"seconds": take_turns(runs, in_a_row, device, arguments)})
     dist.destroy_process_group()
     return measured
 
@@ -145,6 +154,7 @@ def main() -> None:
     print(f"configuration: {settings}; {len(os.sched_getaffinity(0))} cores")
     for cluster in clusters:
         print_table(cluster)
+        print_round_trips(cluster)
     found = results(clusters)
     if arguments.json:
         arguments.json.write_text(

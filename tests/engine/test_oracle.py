@@ -29,6 +29,7 @@ MODES = {
     "one copy per node": {"chunks": 2, "ranks_per_node": 2, "comm": "dedup"},
     "by expert, one copy per node": {"chunks": 3, "chunk_by": "expert", "ranks_per_node": 2, "comm": "dedup"},
     "one rank per node": {"comm": "dedup", "ranks_per_node": 1},
+    "two hops": {"chunks": 3, "comm": "hierarchical", "ranks_per_node": 2},
     "one node": {"comm": "dedup", "ranks_per_node": 8},
     "int8": {"compression": "int8"},
     "int8, one copy per node": {"compression": "int8", "ranks_per_node": 2, "comm": "dedup"},
@@ -92,25 +93,31 @@ def run_engine(layer: ExpertParallelLayer, experts: list[nn.Module], seed: int) 
 
 def compare(mode_names: list[str], num_cases: int, num_experts: int) -> dict[tuple[str, str], float]:
     """Relative error per mode and kind of tensor, ||got - expected|| / ||expected|| over all cases."""
+    found = {}
+    for name in mode_names:
+        errors = compare_settings(MODES[name], num_cases, num_experts)
+        found |= {(name, kind): error for kind, error in errors.items()}
+    return found
+
+
+def compare_settings(settings: dict[str, object], num_cases: int, num_experts: int) -> dict[str, float]:
+    """Relative error per kind of tensor for one mode."""
     rank, size = dist.get_rank(), dist.get_world_size()
     first, last = (place * num_experts // size for place in (rank, rank + 1))
-    result = {}
-    for name in mode_names:
-        layers, experts = [make_layer(MODES[name], index) for index in range(2)], make_experts(num_experts)
-        squares: dict[str, list[float]] = {}
-        for seed in range(num_cases):
-            expected = dense([expert.cpu() for expert in experts], *make_routing(seed, num_experts))[rank]
-            got = run_engine(layers[seed % 2], experts, seed)
-            pairs = [(kind, getattr(got, kind), getattr(expected, kind)) for kind in ("output", "tokens", "weights")]
-            for mine, theirs in zip(got.experts, expected.experts[first:last], strict=True):
-                pairs += [("experts", *pair) for pair in zip(mine, theirs, strict=True)]
-            for kind, mine, theirs in pairs:
-                assert mine.shape == theirs.shape
-                total = squares.setdefault(kind, [0.0, 0.0])
-                total[0] += float((mine.double() - theirs).square().sum())
-                total[1] += float(theirs.square().sum())
-        result |= {(name, kind): (error / size) ** 0.5 for kind, (error, size) in squares.items()}
-    return result
+    layers, experts = [make_layer(settings, index) for index in range(2)], make_experts(num_experts)
+    squares: dict[str, list[float]] = {}
+    for seed in range(num_cases):
+        expected = dense([expert.cpu() for expert in experts], *make_routing(seed, num_experts))[rank]
+        got = run_engine(layers[seed % 2], experts, seed)
+        pairs = [(kind, getattr(got, kind), getattr(expected, kind)) for kind in ("output", "tokens", "weights")]
+        for mine, theirs in zip(got.experts, expected.experts[first:last], strict=True):
+            pairs += [("experts", *pair) for pair in zip(mine, theirs, strict=True)]
+        for kind, mine, theirs in pairs:
+            assert mine.shape == theirs.shape
+            total = squares.setdefault(kind, [0.0, 0.0])
+            total[0] += float((mine.double() - theirs).square().sum())
+            total[1] += float(theirs.square().sum())
+    return {kind: (error / size) ** 0.5 for kind, (error, size) in squares.items()}
 
 
 def check(results: list[dict[tuple[str, str], float]], rounding: float = ROUNDING) -> None:
@@ -122,6 +129,15 @@ def check(results: list[dict[tuple[str, str], float]], rounding: float = ROUNDIN
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_mode_against_the_oracle(ranks: RankPool, world_size: int) -> None:
     check(ranks.run(world_size, compare, list(MODES), 16, 8, timeout=180))
+
+
+@pytest.mark.parametrize("counts", [[2, 1], [1, 2], [1, 3], [3, 1], [1, 1, 2], [3, 5]], ids=str)
+@pytest.mark.parametrize("comm", ["pipe", "dedup", "hierarchical"])
+def test_uneven_nodes(ranks: RankPool, comm: str, counts: list[int]) -> None:
+    world_size = sum(counts)
+    settings = {"comm": comm, "ranks_per_node": counts, "chunks": 2}
+    for errors in ranks.run(world_size, compare_settings, settings, 8, 3 * world_size, timeout=120):
+        assert max(errors.values()) < ROUNDING, errors
 
 
 def test_one_expert_per_rank(ranks: RankPool) -> None:
