@@ -48,10 +48,7 @@ class RoutedRun:
         return int(sent.max())
 
     def extra_bytes_over_received(self) -> float:
-        """Bytes needed beside what is sent and received, most on any rank, over the ranks' mean received ones.
-
-        Collective.
-        """
+        """Bytes needed beside what is sent and received, over the received ones, where each is most; collective."""
         self.wire.group.comm.take_peak_bytes()
         self.out()
         peak = self.wire.group.comm.take_peak_bytes()
@@ -59,10 +56,9 @@ class RoutedRun:
         sides = (self.chunk.near, self.chunk.far)
         received = sum(side.num_received for side in sides) * width
         own = received + sum(side.token.shape[0] for side in sides) * width
-        extra, total = torch.tensor([max(0, peak - own)]), torch.tensor([received])
-        dist.all_reduce(extra, op=dist.ReduceOp.MAX)
-        dist.all_reduce(total)
-        return int(extra) * dist.get_world_size() / int(total)
+        most = torch.tensor([max(0, peak - own), received])
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most[0]) / int(most[1])
 
 
 def prepare(case: Case, comm: Comm, device: torch.device) -> RoutedRun:
