@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
-from planmoe_ds.experts import LocalExperts, check_no_foreign_leaves
+from planmoe_ds.experts import Experts, check_no_foreign_leaves
 from planmoe_ds.group import ExpertGroup, SidedArrival, Sides
 from planmoe_ds.plan import ChunkPlan, RoutingPlan
 from planmoe_ds.recorder import Label, Recorder
+from planmoe_ds.rows import RowOrder
 from planmoe_ds.schedule import Kind, pipelined
 from planmoe_ds.trace import Phase
 from planmoe_ds.wire import LinkCodecs, Spreads, TokenColumns, Wire
@@ -40,24 +41,24 @@ class LayerCall:
     columns: TokenColumns
     hidden: int
     dtype: torch.dtype  # of the tokens; experts may return another one
-    experts: LocalExperts
+    experts: Experts
     group: ExpertGroup
     codecs: Codecs
     recorder: Recorder
     layer: int
-    token_N: torch.Tensor | None  # the token of every row, where outputs travel back as rows; None: as sums
+    order: RowOrder | None  # of the rows, where outputs travel back as rows; None: as sums
     keep_graph: bool  # a backward will follow
     check_leaves: bool
 
     @property
     def returns_rows(self) -> bool:
         """Whether outputs travel back as rows."""
-        return self.token_N is not None
+        return self.order is not None
 
     @property
     def num_rows(self) -> int:
         """N; 0 where outputs travel back as sums."""
-        return 0 if self.token_N is None else self.token_N.shape[0]
+        return 0 if self.order is None else self.order.token_N.shape[0]
 
     def wire(self, codecs: LinkCodecs, dtype: torch.dtype) -> Wire:
         """Encoding of rows of `dtype`."""
@@ -98,24 +99,32 @@ class _Pass:
 
 @dataclass(frozen=True)
 class _ChunkGraph:
-    """What backward needs of one chunk: the experts' graph from leaf to output, and which rows feed the leaf."""
+    """What backward needs of one chunk: the experts' graph from leaves to output, and which rows feed the leaf.
+
+    weights: of the leaf's rows, [rows], where experts take them.
+    """
 
     leaf: torch.Tensor
+    weights: torch.Tensor | None
     output: torch.Tensor
     spreads: Spreads
 
 
-def _run_experts(call: LayerCall, index: int, buffer: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:
-    """The experts on one chunk; with a graph if a backward will follow, from `buffer` on."""
+def _run_experts(
+    call: LayerCall, index: int, buffer: torch.Tensor, weights: torch.Tensor | None, parameters: list[torch.Tensor]
+) -> torch.Tensor:
+    """The experts on one chunk; with a graph if a backward will follow, from `buffer` and `weights` on."""
     layout = call.plan.chunks[index].layout
     with call.recorder.span("compute", Label("experts", call.layer, index, "forward")):
         if not call.keep_graph:
-            return call.experts.run(buffer, layout)
-        buffer.requires_grad_()
+            return call.experts.run(buffer, layout, weights)
+        leaves = [buffer] if weights is None else [buffer, weights]
+        for leaf in leaves:
+            leaf.requires_grad_()
         with torch.enable_grad():
-            output = call.experts.run(buffer, layout)
+            output = call.experts.run(buffer, layout, weights)
     if call.check_leaves and index == 0:
-        check_no_foreign_leaves(output, [buffer, *parameters], call.layer)
+        check_no_foreign_leaves(output, [*leaves, *parameters], call.layer)
     return output
 
 
@@ -125,24 +134,25 @@ def _forward(
     """Tokens [T, H] -> weighted sums of expert outputs [T, H], or rows [N, H]; fills `graphs`."""
     out, back = (call.wire(codecs, tokens.dtype) for codecs in (call.codecs.dispatch, call.codecs.combine))
     outputs: list[torch.Tensor] = []
-    totals = None if call.token_N is not None else torch.zeros_like(tokens, dtype=back.wide_dtype)
+    totals = None if call.returns_rows else torch.zeros_like(tokens, dtype=back.wide_dtype)
 
     def work(index: int, chunk: ChunkPlan, arrived: Sides) -> SidedArrival:
         spreads = out.find_spreads(chunk, arrived, call.columns)
         buffer = out.spread(chunk, arrived, spreads, weighted=False)
-        output = _run_experts(call, index, buffer, parameters)
+        weights = out.route_weights(chunk, spreads, call.columns) if call.experts.takes_weights else None
+        output = _run_experts(call, index, buffer, weights, parameters)
         if call.keep_graph:
-            graphs[index] = _ChunkGraph(buffer, output, spreads)
+            graphs[index] = _ChunkGraph(buffer, weights, output, spreads)
         output = output.detach().contiguous()
         if not outputs:
             outputs.append(output.new_empty((call.num_rows, call.hidden)))
         if call.returns_rows:
             return call.wire(call.codecs.combine, output.dtype).send_rows_back(chunk, output)
-        return back.send_sums(chunk, output.to(back.dtype), spreads, weighted=True)
+        return back.send_sums(chunk, output.to(back.dtype), spreads, weighted=weights is None)
 
     def collect(chunk: ChunkPlan, arrived: Sides) -> None:
         if totals is None:
-            back.collect_rows(chunk, arrived, outputs[0])
+            back.collect_rows(chunk, arrived, outputs[0], None)
         else:
             back.add_sums(chunk, arrived, totals, None)
 
@@ -152,7 +162,7 @@ def _forward(
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Of tokens [T, H], weights [T, K] (None with rows, whose weights are the caller's), and parameters."""
+    """Of tokens [T, H], weights [T, K] (None where they are the caller's), and parameters."""
 
     tokens: torch.Tensor
     weights: torch.Tensor | None
@@ -167,7 +177,9 @@ def _backward(
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     parameter_grads: list[torch.Tensor | None] = [None] * len(parameters)
     top_k = call.columns.top_k
+    takes_weights = call.experts.takes_weights
     grad_rows = grad.new_empty((call.num_rows, call.hidden), dtype=back.dtype)
+    grad_row_weights = grad.new_zeros(call.num_rows + 1, dtype=back.wide_dtype) if takes_weights else None
     grad_tokens = grad.new_zeros((num_tokens, call.hidden), dtype=back.dtype if call.returns_rows else back.wide_dtype)
     grad_weights = None if call.returns_rows else grad.new_zeros((num_tokens, top_k), dtype=back.wide_dtype)
 
@@ -179,23 +191,29 @@ def _backward(
         if call.returns_rows:
             buffer = out.place_rows(chunk, arrived)
         else:
-            buffer = out.spread(chunk, arrived, graph.spreads, weighted=True)
+            buffer = out.spread(chunk, arrived, graph.spreads, weighted=not takes_weights)
         with call.recorder.span("compute", Label("experts", call.layer, index, "backward")):
-            rows = _expert_gradients(graph, buffer, parameters, parameter_grads, keep).to(back.dtype).contiguous()
+            rows, extra = _expert_gradients(graph, buffer, parameters, parameter_grads, keep)
+        rows, extra = rows.to(back.dtype).contiguous(), None if extra is None else extra.to(back.wide_dtype)
         if call.returns_rows:
-            return back.send_rows_back(chunk, rows)
-        weight_grads = out.dots(arrived, graph.spreads, graph.output.detach().to(out.dtype).contiguous(), top_k)
+            return back.send_rows_back(chunk, rows, extra)
+        if extra is None:
+            weight_grads = out.dots(arrived, graph.spreads, graph.output.detach().to(out.dtype).contiguous(), top_k)
+        else:
+            weight_grads = back.by_route(graph.spreads, extra, top_k)
         return back.send_sums(chunk, rows, graph.spreads, weighted=False, extra=weight_grads)
 
     def collect(chunk: ChunkPlan, arrived: Sides) -> None:
         if call.returns_rows:
-            back.collect_rows(chunk, arrived, grad_rows)
+            back.collect_rows(chunk, arrived, grad_rows, grad_row_weights)
         else:
             back.add_sums(chunk, arrived, grad_tokens, grad_weights)
 
     _Pass(call, "backward", send_out, work, collect).run()
-    if call.token_N is not None:
-        grad_tokens.index_add_(0, call.token_N, grad_rows)
+    if call.order is not None:
+        grad_tokens.index_add_(0, call.order.token_N, grad_rows)
+    if call.order is not None and grad_row_weights is not None:
+        grad_weights = grad_row_weights[call.order.row_of_route_KT].view(top_k, num_tokens).t()
     return _Gradients(grad_tokens.to(call.dtype), grad_weights, parameter_grads)
 
 
@@ -205,17 +223,20 @@ def _expert_gradients(
     parameters: list[torch.Tensor],
     totals: list[torch.Tensor | None],
     keep: bool,
-) -> torch.Tensor:
-    """The gradient of the chunk's leaf; adds the parameters' to `totals`."""
-    if not graph.output.requires_grad:
-        return torch.zeros_like(graph.leaf)
-    grad_leaf, *grads = torch.autograd.grad(
-        graph.output, [graph.leaf, *parameters], grad_buffer.to(graph.output.dtype), allow_unused=True,
-        retain_graph=keep,
-    )  # fmt: skip
-    for place, grad in enumerate(grads):
-        totals[place] = _add(totals[place], grad)
-    return grad_leaf if grad_leaf is not None else torch.zeros_like(graph.leaf)
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradients of the chunk's leaf and weights; adds the parameters' to `totals`."""
+    leaves = [graph.leaf] if graph.weights is None else [graph.leaf, graph.weights]
+    found: list[torch.Tensor | None] = [None] * len(leaves)
+    if graph.output.requires_grad:
+        grads = torch.autograd.grad(
+            graph.output, [*leaves, *parameters], grad_buffer.to(graph.output.dtype), allow_unused=True,
+            retain_graph=keep,
+        )  # fmt: skip
+        found = list(grads[: len(leaves)])
+        for place, grad in enumerate(grads[len(leaves) :]):
+            totals[place] = _add(totals[place], grad)
+    grad_leaf, *grad_weights = (_zeros_if_none(*pair) for pair in zip(found, leaves, strict=True))
+    return grad_leaf, grad_weights[0] if grad_weights else None
 
 
 class _Pipeline(torch.autograd.Function):

@@ -139,6 +139,24 @@ class Wire:
         spread_rows(self.codecs.far, rows.far, spreads.far, weighted, buffer)
         return buffer
 
+    def route_weights(self, chunk: ChunkPlan, spreads: Spreads, columns: TokenColumns) -> torch.Tensor:
+        """The weight of the route behind each row of the experts' buffer, [rows]; zero in empty slots."""
+        sides = (spreads.near, spreads.far)
+        weights = sides[0].weight.new_zeros(chunk.layout.num_rows)
+        for side in sides:
+            weights[side.target] = side.weight
+        return weights.to(columns.weight_dtype)
+
+    def by_route(self, spreads: Spreads, values: torch.Tensor, top_k: int) -> Sides:
+        """Values of the buffer's rows, [rows], by arrived row and route, [*, K]."""
+
+        def side(spread: Spread) -> torch.Tensor:
+            result = values.new_zeros((spread.start.shape[0] - 1, top_k))
+            result[spread.source, spread.route] = values[spread.target]
+            return result
+
+        return Sides(side(spreads.near), side(spreads.far))
+
     def dots(self, rows: Sides, spreads: Spreads, outputs: torch.Tensor, top_k: int) -> Sides:
         """Products of arrived rows with the experts' outputs [rows, H], by arrived row and route, [*, K]."""
         return Sides(
@@ -188,18 +206,29 @@ class Wire:
         self.codecs.far.decode(rows.far, buffer, chunk.rows.far.buffer_row)
         return buffer
 
-    def send_rows_back(self, chunk: ChunkPlan, rows: torch.Tensor) -> SidedArrival:
-        """Start the experts' outputs [rows, H] on their way back, one row per route."""
+    def send_rows_back(self, chunk: ChunkPlan, rows: torch.Tensor, extra: torch.Tensor | None = None) -> SidedArrival:
+        """Start the experts' outputs [rows, H] on their way back, one row per route, each with its `extra` number."""
         assert chunk.rows is not None
         near, far = chunk.rows.near, chunk.rows.far
         send = Sides(self.codecs.near.encode(rows, near.buffer_row), self.codecs.far.encode(rows, far.buffer_row))
+        if extra is not None:
+            numbers = (_bytes(extra[side.buffer_row].unsqueeze(1)) for side in (near, far))
+            send = Sides(*(torch.cat(pair, dim=1) for pair in zip((send.near, send.far), numbers, strict=True)))
         return self.group.exchange_sides(send, SideRows(near.received, far.received), SideRows(near.sent, far.sent))
 
-    def collect_rows(self, chunk: ChunkPlan, rows: Sides, result_NH: torch.Tensor) -> None:
-        """Returned rows -> their places among this rank's rows."""
+    def collect_rows(
+        self, chunk: ChunkPlan, rows: Sides, result_NH: torch.Tensor, extra_N: torch.Tensor | None
+    ) -> None:
+        """Returned rows, and their extra numbers -> their places among this rank's rows."""
         assert chunk.rows is not None
-        self.codecs.near.decode(rows.near, result_NH, chunk.rows.near.row)
-        self.codecs.far.decode(rows.far, result_NH, chunk.rows.far.row)
+        for wire, side, codec in (
+            (rows.near, chunk.rows.near, self.codecs.near),
+            (rows.far, chunk.rows.far, self.codecs.far),
+        ):
+            width = wire.shape[1] if extra_N is None else wire.shape[1] - extra_N.element_size()
+            if extra_N is not None:
+                extra_N[side.row] = _bytes(wire[:, width:]).view(extra_N.dtype).squeeze(1)
+            codec.decode(wire[:, :width].contiguous(), result_NH, side.row)
 
     @property
     def wide_dtype(self) -> torch.dtype:

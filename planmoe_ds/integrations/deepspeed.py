@@ -94,6 +94,7 @@ class PlanMoELayer(MOELayer):  # type: ignore[misc]
         """Two padded all-to-alls forward, and two backward if there is one."""
         passes = 4 if torch.is_grad_enabled() else 2
         parts = 1 if self.tensor_parallel is None else self.tensor_parallel.size
+        assert routes.capacity is not None
         rows = routes.capacity // parts * routes.num_experts
         padded = rows * tokens.shape[1] * tokens.element_size()
         self.planmoe.recorder.add_stock_bytes(passes * padded * (self.ep_size - 1) // self.ep_size)
