@@ -1,8 +1,9 @@
 """Backward through the experts in two parts: the gradient of their input first, those of their weights later.
 
-Only weights of torch.nn.Linear modules can wait: the gradient that arrives at such a module's output is kept, and the
-product that makes the weight's gradient of it is left for later. Nothing is computed twice, and the results are those
-of one pass, bit for bit. All other parameters get their gradients with the input's.
+Only weights of torch.nn.Linear modules, and of modules whose class says `planmoe_linear = True`, can wait: the gradient
+that arrives at such a module's output is kept, and making the weight's gradient of it is left for later. Nothing is
+computed twice, and the results are those of one pass, bit for bit. All other parameters get their gradients with the
+input's.
 """
 
 from __future__ import annotations
@@ -73,17 +74,18 @@ def _add(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor 
 
 
 @contextmanager
-def linear_calls(*, active: bool = True) -> Iterator[list[tuple[nn.Linear, torch.Tensor]]]:
+def linear_calls(*, active: bool = True) -> Iterator[list[tuple[nn.Module, torch.Tensor]]]:
     """Collects every nn.Linear that runs inside, with its output; not those that are run again in backward.
 
     Nothing is collected unless `active`.
     """
-    found: list[tuple[nn.Linear, torch.Tensor]] = []
+    found: list[tuple[nn.Module, torch.Tensor]] = []
     outside = _saved_tensor_hooks()
 
     def see(module: nn.Module, _inputs: object, output: object) -> None:
         # inside other hooks on saved tensors (checkpointing) every look at the graph would run that part again
-        if type(module) is nn.Linear and isinstance(output, torch.Tensor) and _saved_tensor_hooks() is outside:
+        is_linear = type(module) is nn.Linear or getattr(module, "planmoe_linear", False)
+        if is_linear and isinstance(output, torch.Tensor) and _saved_tensor_hooks() is outside:
             found.append((module, output))
 
     handle = register_module_forward_hook(see) if active else None
@@ -99,7 +101,7 @@ def _saved_tensor_hooks() -> object:
     return None if hooks is None else hooks[0]
 
 
-def splittable(calls: Sequence[tuple[nn.Linear, torch.Tensor]], places: dict[int, int]) -> list[LinearOutput]:
+def splittable(calls: Sequence[tuple[nn.Module, torch.Tensor]], places: dict[int, int]) -> list[LinearOutput]:
     """Calls whose weight gradients may wait: modules that ran once and share no parameter.
 
     places: id of every parameter -> its place.
