@@ -30,11 +30,11 @@ class RoutedRun:
 
     def out(self) -> Exchange:
         """Pack the tokens and send them; returns the finished exchange."""
-        return _finished(self.wire.send_tokens(self.chunk, self.tokens, self.columns))
+        return _finished(self.wire.send_tokens(self.chunk, self.tokens, self.columns)())
 
     def back(self) -> Exchange:
         """Sum up the outputs of each token and send the sums."""
-        return _finished(self.wire.send_sums(self.chunk, self.outputs, self.spreads, weighted=True))
+        return _finished(self.wire.send_sums(self.chunk, self.outputs, self.spreads, weighted=True)())
 
     def both_ways(self) -> None:
         """Rows out and sums back."""
@@ -82,7 +82,7 @@ def prepare(case: Case, comm: Comm, device: torch.device) -> RoutedRun:
     columns = token_columns(expert_KT, torch.ones(expert_KT.shape, device=device), num_experts, None)
     wire = Wire(group, plan, LinkCodecs.everywhere("none"), tokens.shape[1], tokens.dtype)
     chunk = plan.chunks[0]
-    arrived = wire.send_tokens(chunk, tokens, columns)
+    arrived = wire.send_tokens(chunk, tokens, columns)()
     _finished(arrived)
     spreads = wire.find_spreads(chunk, arrived.rows, columns)
     outputs = wire.spread(chunk, arrived.rows, spreads, weighted=False)

@@ -14,6 +14,7 @@ from planmoe_ds.experts import Experts
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.pipeline import Codecs, LayerCall, run_experts
 from planmoe_ds.plan import Header, PlanRequest, Routes, build_plan
+from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, order_rows
 from planmoe_ds.wire import token_columns
@@ -33,6 +34,11 @@ class ExpertParallelLayer:
     recorder: Recorder
     place_of_source: tuple[int, ...] | None = None
     _leaves_checked: bool = field(default=False, init=False)
+    _planner: LayerPlanner = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self._planner = LayerPlanner(config.scheduler, self.group, self.num_chunks, config.max_in_flight)
 
     def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts) -> torch.Tensor:
         """Tokens [T, H] and the router's decision -> the weighted sum of the experts' outputs, [T, H]."""
@@ -74,7 +80,7 @@ class ExpertParallelLayer:
         check_leaves = keep_graph and not self._leaves_checked
         call = LayerCall(
             plan, columns, tokens_TH.shape[1], tokens_TH.dtype, experts, self.group, self.codecs, self.recorder,
-            self.index, order, keep_graph, check_leaves,
+            self.index, order, keep_graph, check_leaves, self._planner.next_call(),
         )  # fmt: skip
         result = run_experts(tokens_TH.contiguous(), routes.weight_KT, call)
         self._leaves_checked |= check_leaves
