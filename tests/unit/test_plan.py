@@ -270,6 +270,13 @@ def test_layouts(num_sources: int, num_local: int, seed: int, padded: bool) -> N
     assert layout.num_rows == (num_sources * num_local * capacity if padded else int(counts.sum()))
 
 
+def test_sources_in_another_order() -> None:
+    counts = torch.tensor([[2, 1], [3, 0], [1, 4]])
+    layout, base = _lay_out(counts, None, (2, 0, 1))  # rank 1's rows first, then rank 2's, then rank 0's
+    assert layout.rows_of_expert == (6, 5)
+    assert base.tolist() == [[4, 10], [0, 6], [3, 6]]
+
+
 def test_a_source_with_more_rows_than_the_capacity_is_not_cut_off() -> None:
     layout, base = _lay_out(torch.tensor([[9, 1]]), 4)
     assert layout.padded_shape == (1, 2, 9)
