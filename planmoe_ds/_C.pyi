@@ -17,6 +17,10 @@ class Exchange:
     def spans(self) -> list[tuple[Literal["exchange", "intra", "inter"], int, int]]: ...
     def bytes_sent_on(self, lane: str) -> int: ...
     @property
+    def number(self) -> int:
+        """Its place among the exchanges of its all-to-all, the same on every rank."""
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes to other ranks, final once waited for."""
 
@@ -100,6 +104,12 @@ class Comm:
     def num_pieces(self) -> int: ...
     @property
     def passes_on(self) -> bool: ...
+    def set_phase(self, phase: int) -> None:
+        """Exchanges that start from now on are never taken for those of another phase, 0 to 127, on another rank."""
+
+    def abort(self, reason: str) -> None:
+        """End what is in flight, from any thread: its waits, and all later ones, raise RuntimeError(reason)."""
+
     def close(self) -> None: ...
     def take_buffer(self, rows: int, width: int) -> torch.Tensor: ...
     def take_peak_bytes(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -30,6 +31,7 @@ from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.probe import run_probe
 from planmoe_ds.threads import batch_threads
 from planmoe_ds.topology import Topology, find_topology
+from planmoe_ds.watchdog import Watchdog
 
 NUM_LINKS = 2  # process groups per set of ranks: one for the links inside nodes, one between them
 
@@ -71,7 +73,8 @@ class ExpertGroup:
     """A set of ranks with an all-to-all of its own; group ranks throughout.
 
     ledger: the launches of all groups of this process; number: this group's among them, the same on every rank;
-    choice: the all-to-all in use, and why.
+    choice: the all-to-all in use, and why; counts_width: int64 numbers that the widest counts of any layer take;
+    watchdog: None in a world of one rank.
     """
 
     comm: Comm
@@ -79,6 +82,8 @@ class ExpertGroup:
     ledger: LaunchLedger
     number: int
     choice: Choice
+    counts_width: int = 0
+    watchdog: Watchdog | None = None
 
     @property
     def rank(self) -> int:
@@ -95,6 +100,26 @@ class ExpertGroup:
         """A bool [P]: the ranks on this rank's node, itself among them."""
         nodes = torch.tensor(self.comm.node_of_rank)
         return nodes == nodes[self.rank]
+
+    @contextmanager
+    def waiting(self, exchange: Exchange, what: str) -> Iterator[None]:
+        """Wait for an exchange inside; PlanMoEError, the same on every rank, when one of them cannot go on."""
+        if self.watchdog is None:
+            yield
+            return
+        with self.watchdog.waiting(self.number, exchange.number, what):
+            yield
+
+    @contextmanager
+    def working(self, what: str, phase: int) -> Iterator[None]:
+        """Start exchanges inside: of `phase` (see Comm.set_phase). An error that leaves is told to all ranks."""
+        self.comm.set_phase(phase)
+        with nullcontext() if self.watchdog is None else self.watchdog.reporting(what):
+            yield
+
+    def counts_filler(self, width: int) -> int:
+        """Numbers to add to counts of this width, so that those of all layers are equally wide."""
+        return max(0, self.counts_width - width)
 
     def launch_digests(self) -> list[int]:
         """For every rank, a digest of the order in which this one launched the exchanges of groups they share."""
@@ -175,16 +200,35 @@ def connect(
     choices = _choose(distinct, loads, topology, config, device)
     milliseconds = round(config.timeout_seconds * 1000) if config.timeout_seconds is not None else 0
     ledger = LaunchLedger(dist.get_world_size())
-    connected: dict[tuple[int, ...], ExpertGroup] = {}
+    mine = sorted({tuple(ranks) for ranks in my_groups.values()})
+    comms: dict[tuple[int, ...], Comm] = {}
     with batch_threads():
         made = {ranks: [dist.new_group(list(ranks), timeout=timeout) for _ in range(NUM_LINKS)] for ranks in distinct}
-        for ranks in sorted({tuple(ranks) for ranks in my_groups.values()}):
-            choice = choices[ranks]
+        for ranks in mine:
             nodes = list(topology.subset(ranks).node_of_rank)
-            comm = make_comm(choice.name, made[ranks], nodes, device, milliseconds)
-            connected[ranks] = ExpertGroup(comm, ranks, ledger, distinct.index(ranks), choice)
-            weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends
+            comms[ranks] = make_comm(choices[ranks].name, made[ranks], nodes, device, milliseconds)
+    numbers = {ranks: distinct.index(ranks) for ranks in mine}
+    watchdog = None
+    if dist.get_world_size() > 1:
+        members = {number: ranks for ranks, number in numbers.items()}
+        watchdog = Watchdog(list(comms.values()), members, config.timeout_seconds)
+    connected: dict[tuple[int, ...], ExpertGroup] = {}
+    for ranks, comm in comms.items():
+        width = _counts_width(comm, loads.get(ranks), config.chunks)
+        connected[ranks] = ExpertGroup(comm, ranks, ledger, numbers[ranks], choices[ranks], width, watchdog)
+        weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends
     return {name: connected[tuple(ranks)] for name, ranks in my_groups.items()}
+
+
+def _counts_width(comm: Comm, load: LayerTraffic | None, num_chunks: int) -> int:
+    """Numbers that a rank tells a peer about a layer of at most so many experts and chunks; see plan.py's counts."""
+    if load is None:
+        return 0
+    per_chunk = load.num_experts // comm.size + 1 + max(1, comm.num_pieces)
+    if comm.passes_on:
+        largest = max(comm.node_of_rank.count(node) for node in comm.node_of_rank)
+        per_chunk += comm.num_pieces * (1 + largest)
+    return num_chunks * per_chunk
 
 
 def _choose(

@@ -12,8 +12,9 @@ import torch
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup
+from planmoe_ds.guard import PLAN_PHASE, Header, digest, dtype_code, phase_now
 from planmoe_ds.pipeline import Codecs, LayerCall, run_experts
-from planmoe_ds.plan import Header, PlanRequest, Routes, build_plan
+from planmoe_ds.plan import PlanRequest, Routes, build_plan
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, order_rows
 from planmoe_ds.wire import token_columns
@@ -29,6 +30,7 @@ class ExpertParallelLayer:
     codecs: Codecs
     recorder: Recorder
     _leaves_checked: bool = field(default=False, init=False)
+    _num_calls: int = field(default=0, init=False)
 
     def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts) -> torch.Tensor:
         """Tokens [T, H] and the router's decision -> the weighted sum of the experts' outputs, [T, H]."""
@@ -53,7 +55,7 @@ class ExpertParallelLayer:
         self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts, order: RowOrder | None
     ) -> torch.Tensor:
         columns = token_columns(routes.expert_KT, routes.weight_KT, routes.num_experts, order)
-        header = Header(self.index, tokens_TH.shape[1], tokens_TH.element_size(), routes.expert_KT.shape[0])
+        header = self._header(tokens_TH, routes)
         request = PlanRequest(
             num_chunks=self.num_chunks,
             chunk_by=self.config.chunk_by,
@@ -63,7 +65,8 @@ class ExpertParallelLayer:
             row_order=order,
         )
         label = Label("plan", self.index, -1, "forward")
-        plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
+        with self.group.working(label.describe(), PLAN_PHASE):
+            plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
         keep_graph = torch.is_grad_enabled()
         check_leaves = keep_graph and not self._leaves_checked
         token_N = None if order is None else order.token_N
@@ -74,6 +77,20 @@ class ExpertParallelLayer:
         result = run_experts(tokens_TH.contiguous(), routes.weight_KT, call)
         self._leaves_checked |= check_leaves
         return result
+
+    def _header(self, tokens_TH: torch.Tensor, routes: Routes) -> Header:
+        self._num_calls += 1
+        return Header(
+            layer=self.index,
+            phase=phase_now(),
+            call=self._num_calls - 1,
+            num_chunks=self.num_chunks,
+            hidden_size=tokens_TH.shape[1],
+            dtype=dtype_code(tokens_TH.dtype),
+            routes_per_token=routes.expert_KT.shape[0],
+            num_experts=routes.num_experts,
+            settings=digest(f"{__version__} {self.config.model_dump_json()}"),
+        )
 
     @property
     def num_chunks(self) -> int:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from planmoe_ds.experts import LocalExperts, check_no_foreign_leaves
 from planmoe_ds.group import ExpertGroup, SidedArrival, Sides
+from planmoe_ds.guard import pass_phase
 from planmoe_ds.plan import ChunkPlan, RoutingPlan
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.schedule import Kind, pipelined
@@ -75,6 +76,11 @@ class _Pass:
     collect: Callable[[ChunkPlan, Sides], None]
 
     def run(self) -> None:
+        call = self.call
+        with call.group.working(f"layer {call.layer} {self.phase}", pass_phase(call.layer, self.phase)):
+            self._run_tasks()
+
+    def _run_tasks(self) -> None:
         outward: dict[int, SidedArrival] = {}
         homeward: dict[int, SidedArrival] = {}
         chunks = self.call.plan.chunks
@@ -93,7 +99,7 @@ class _Pass:
 
     def _wait(self, arrival: SidedArrival, name: str, index: int) -> None:
         if arrival.exchange is not None:
-            self.call.recorder.wait(arrival.exchange, Label(name, self.call.layer, index, self.phase))
+            self.call.recorder.wait(arrival.exchange, Label(name, self.call.layer, index, self.phase), self.call.group)
 
 
 @dataclass(frozen=True)

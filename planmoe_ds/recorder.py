@@ -7,11 +7,15 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from planmoe_ds.backend import Clock, Exchange, Stamp
 from planmoe_ds.trace import Lane, Phase, Span
+
+if TYPE_CHECKING:
+    from planmoe_ds.group import ExpertGroup
 
 MAX_PENDING = 1 << 14  # events kept when nobody asks for them
 
@@ -42,6 +46,11 @@ class Label:
     chunk: int
     phase: Phase
 
+    def describe(self) -> str:
+        """Words such as "layer 3 forward, dispatch of chunk 1"."""
+        of_chunk = f" of chunk {self.chunk}" if self.chunk >= 0 else ""
+        return f"layer {self.layer} {self.phase}, {self.name}{of_chunk}"
+
 
 class Recorder:
     """Collects events of one rank; thread-safe, because backward runs on autograd's thread."""
@@ -63,9 +72,9 @@ class Recorder:
         yield
         self._spans.append((label, lane, start, self._clock.stamp()))
 
-    def wait(self, exchange: Exchange, label: Label) -> None:
-        """Wait for `exchange`, recording how long that took and when it ran."""
-        with self.span("wait", label):
+    def wait(self, exchange: Exchange, label: Label, group: ExpertGroup) -> None:
+        """Wait for `exchange` of `group`, recording how long that took and when it ran."""
+        with self.span("wait", label), group.waiting(exchange, label.describe()):
             exchange.wait()
         with self._lock:
             self._exchanges.append((label, exchange))
