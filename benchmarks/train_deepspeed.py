@@ -108,7 +108,7 @@ def take_step(engine: Any, tokens: Any, bound: bool) -> float:
     import torch
     import torch.distributed as dist
 
-    from model import language_loss
+    from data import language_loss
 
     dist.barrier()
     start = time.perf_counter()

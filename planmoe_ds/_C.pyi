@@ -242,3 +242,46 @@ def unpack_add(
 def spread_rows(codec: Compressor, wire: torch.Tensor, spread: Spread, weighted: bool, out: torch.Tensor) -> None: ...
 def fold_rows(codec: Compressor, rows: torch.Tensor, spread: Spread, weighted: bool, wire: torch.Tensor) -> None: ...
 def dot_rows(codec: Compressor, wire: torch.Tensor, spread: Spread, rows: torch.Tensor, top_k: int) -> torch.Tensor: ...
+
+class ScheduleTask:
+    """See csrc/scheduler/problem.h; legs are (resource, seconds)."""
+
+    def __init__(
+        self,
+        legs: list[tuple[int, float]],
+        after: list[int],
+        *,
+        serial: bool = False,
+        latency: float = 0.0,
+        twin: int = -1,
+    ) -> None: ...
+
+class ScheduleProblem:
+    def __init__(self, num_resources: int, tasks: list[ScheduleTask]) -> None: ...
+    def tail(self, task: int) -> float:
+        """Least seconds from the end of a task to the end of everything."""
+
+class Timetable:
+    @property
+    def starts(self) -> list[list[float]]:
+        """By task and leg."""
+
+    @property
+    def ends(self) -> list[float]: ...
+    @property
+    def makespan(self) -> float: ...
+
+class Solution:
+    @property
+    def order(self) -> list[int]: ...
+    @property
+    def makespan(self) -> float: ...
+    @property
+    def lower_bound(self) -> float: ...
+    @property
+    def is_optimal(self) -> bool: ...
+    @property
+    def num_nodes(self) -> int: ...
+
+def simulate_schedule(problem: ScheduleProblem, order: list[int]) -> Timetable: ...
+def solve_schedule(problem: ScheduleProblem, seeds: list[list[int]], seconds: float, max_nodes: int) -> Solution: ...

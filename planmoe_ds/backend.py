@@ -1,4 +1,4 @@
-"""All-to-alls and compressors by name, compiled or plugged in, and the rest of the compiled backend."""
+"""All-to-alls, compressors and schedulers by name, compiled or plugged in, and the rest of the compiled backend."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from planmoe_ds.native import _C
 from planmoe_ds.plugins import PLUGINS
+from planmoe_ds.scheduling.abstract import AbstractScheduler
 
 ChunkRows = _C.ChunkRows
 Clock = _C.Clock
@@ -53,7 +54,9 @@ __all__ = [
     "fold_rows",
     "make_comm",
     "make_compressor",
+    "make_scheduler",
     "order_tokens",
+    "scheduler_names",
     "spread_rows",
     "unpack_add",
 ]
@@ -84,6 +87,13 @@ def make_compressor(name: str) -> Compressor:
     return _C.make_compressor(name) if plugin is None else plugin()
 
 
+def make_scheduler(name: str) -> AbstractScheduler:
+    """The scheduler `name`; ValueError for an unknown one, listing all."""
+    plugin = PLUGINS.schedulers.find(name)
+    assert plugin is not None
+    return plugin()
+
+
 def comm_names() -> list[str]:
     """All-to-alls that make_comm knows, sorted."""
     return PLUGINS.comms.names()
@@ -92,3 +102,8 @@ def comm_names() -> list[str]:
 def compressor_names() -> list[str]:
     """Compressors that make_compressor knows, sorted."""
     return PLUGINS.compressors.names()
+
+
+def scheduler_names() -> list[str]:
+    """Schedulers that make_scheduler knows, sorted."""
+    return PLUGINS.schedulers.names()

@@ -72,6 +72,12 @@ class PlanMoEConfig(_Section):
     chunk_by: ChunkBy = Field(
         ChunkBy.TOKEN, strict=False, description="'token' (even pieces) or 'expert' (GEMM sizes stay whole)"
     )
+    scheduler: str = Field(
+        "pipelined", description="order of the chunks' tasks: one of the registered schedulers, 'optimal' among them"
+    )
+    max_in_flight: int | None = Field(
+        None, ge=1, le=16, description="most chunks whose buffers exist at once; by default all of them"
+    )
     compression: CompressionConfig = Field(
         default_factory=CompressionConfig,
         description="wire codec: one name, or one per direction (dispatch, combine, gradients)",
@@ -93,6 +99,11 @@ class PlanMoEConfig(_Section):
     @classmethod
     def _known_comm(cls, name: str) -> str:
         return _known("all-to-all algorithm", name, [AUTO, *backend.comm_names()])
+
+    @field_validator("scheduler")
+    @classmethod
+    def _known_scheduler(cls, name: str) -> str:
+        return _known("scheduler", name, backend.scheduler_names())
 
     @field_validator("ranks_per_node", mode="before")
     @classmethod

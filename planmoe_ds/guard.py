@@ -15,7 +15,7 @@ import torch
 
 from planmoe_ds.errors import PlanMoEMismatchError
 
-_PHASES = ("evaluation", "training", "recomputation")
+_PHASES = ("without gradients", "with gradients", "inside backward")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PLAN_PHASE = 0  # of the exchange that carries headers: ranks in different layers must understand each other
 
@@ -24,7 +24,7 @@ PLAN_PHASE = 0  # of the exchange that carries headers: ranks in different layer
 class Header:
     """What the ranks of a group must have in common for one layer call; every field is one int64.
 
-    call: how many calls of this layer came before; phase: index into evaluation, training, recomputation; dtype: of the
+    call: how many calls of this layer came before; phase: index into _PHASES; dtype: of the
     tokens; settings: a digest of the config and of planmoe's version.
     """
 
@@ -51,8 +51,8 @@ def pass_phase(layer: int, phase: str) -> int:
 def phase_now() -> int:
     """The header's phase of a call that starts now."""
     if torch._C._current_graph_task_id() != -1:
-        return _PHASES.index("recomputation")
-    return _PHASES.index("training" if torch.is_grad_enabled() else "evaluation")
+        return _PHASES.index("inside backward")
+    return _PHASES.index("with gradients" if torch.is_grad_enabled() else "without gradients")
 
 
 def dtype_code(dtype: torch.dtype) -> int:

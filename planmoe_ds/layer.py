@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from planmoe_ds import __version__
 from planmoe_ds.config import Exactness, PlanMoEConfig
-from planmoe_ds.experts import LocalExperts
+from planmoe_ds.experts import Experts
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.guard import PLAN_PHASE, Header, digest, dtype_code, phase_now
 from planmoe_ds.pipeline import Codecs, LayerCall, run_experts
 from planmoe_ds.plan import PlanRequest, Routes, build_plan
+from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, order_rows
 from planmoe_ds.wire import token_columns
@@ -22,22 +24,34 @@ from planmoe_ds.wire import token_columns
 
 @dataclass(kw_only=True)
 class ExpertParallelLayer:
-    """One MoE layer's dispatch, experts and combine; holds nothing of a call in flight."""
+    """One MoE layer's dispatch, experts and combine; holds nothing of a call in flight.
+
+    place_of_source: in which order the rows of the group's ranks lie before an expert; None: by rank.
+    """
 
     index: int
     config: PlanMoEConfig
     group: ExpertGroup
     codecs: Codecs
     recorder: Recorder
+    place_of_source: tuple[int, ...] | None = None
     _leaves_checked: bool = field(default=False, init=False)
     _num_calls: int = field(default=0, init=False)
+    _planner: LayerPlanner = field(init=False)
 
-    def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts) -> torch.Tensor:
+    def __post_init__(self) -> None:
+        config = self.config
+        self._planner = LayerPlanner(config.scheduler, self.group, self.num_chunks, config.max_in_flight)
+
+    def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts) -> torch.Tensor:
         """Tokens [T, H] and the router's decision -> the weighted sum of the experts' outputs, [T, H]."""
         if self.config.resolved_exactness is not Exactness.EXACT:
             return self._run(tokens_TH, routes, experts, None)
         order = self.order(routes)
-        return combine(self._run(tokens_TH, routes, experts, order), order.row_of_route_KT, routes.weight_KT)
+        rows_NH = self._run(tokens_TH, routes, experts, order)
+        if experts.takes_weights:
+            return add_up(rows_NH, order.token_N, tokens_TH.shape[0])
+        return combine(rows_NH, order.row_of_route_KT, routes.weight_KT)
 
     def order(self, routes: Routes) -> RowOrder:
         """The order of this rank's rows."""
@@ -46,14 +60,12 @@ class ExpertParallelLayer:
             routes.expert_KT, routes.slot_KT, routes.num_experts, self.num_chunks, config.chunk_by, self.group.size
         )
 
-    def route_outputs(self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts) -> torch.Tensor:
+    def route_outputs(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts) -> torch.Tensor:
         """Tokens [T, H] that have one route each -> the experts' outputs [T, H], not weighted."""
         order = self.order(routes)
         return self._run(tokens_TH, routes, experts, order).index_select(0, order.row_of_route_KT)
 
-    def _run(
-        self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts, order: RowOrder | None
-    ) -> torch.Tensor:
+    def _run(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts, order: RowOrder | None) -> torch.Tensor:
         columns = token_columns(routes.expert_KT, routes.weight_KT, routes.num_experts, order)
         header = self._header(tokens_TH, routes)
         request = PlanRequest(
@@ -63,16 +75,16 @@ class ExpertParallelLayer:
             row_bytes=tokens_TH.shape[1] * tokens_TH.element_size(),
             padded_capacity=routes.capacity if self._recreates_padding else None,
             row_order=order,
+            place_of_source=self.place_of_source,
         )
         label = Label("plan", self.index, -1, "forward")
         with self.group.working(label.describe(), PLAN_PHASE):
             plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
         keep_graph = torch.is_grad_enabled()
         check_leaves = keep_graph and not self._leaves_checked
-        token_N = None if order is None else order.token_N
         call = LayerCall(
             plan, columns, tokens_TH.shape[1], tokens_TH.dtype, experts, self.group, self.codecs, self.recorder,
-            self.index, token_N, keep_graph, check_leaves,
+            self.index, order, keep_graph, check_leaves, self._planner.next_call(),
         )  # fmt: skip
         result = run_experts(tokens_TH.contiguous(), routes.weight_KT, call)
         self._leaves_checked |= check_leaves
@@ -114,3 +126,8 @@ def combine(rows_NH: torch.Tensor, row_of_route_KT: torch.Tensor, weight_KT: tor
     with_zero_row = torch.cat([rows_NH, rows_NH.new_zeros((1, hidden))])
     routed_KTH = with_zero_row.index_select(0, row_of_route_KT).view(num_routes, num_tokens, hidden)
     return (routed_KTH * weight_KT.unsqueeze(-1)).sum(0).to(rows_NH.dtype)
+
+
+def add_up(rows_NH: torch.Tensor, token_N: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Sum of every token's rows, [T, H] in the rows' dtype, row after row; token_N: int64 [N]."""
+    return rows_NH.new_zeros((num_tokens, rows_NH.shape[1])).index_add(0, token_N, rows_NH)

@@ -27,14 +27,14 @@ class Routes:
     """The router's decision.
 
     expert_KT: integer, NO_ROUTE for dropped routes; slot_KT: integer place in the expert's capacity, unique per
-    expert; weight_KT: floating point; num_experts: E; capacity: C.
+    expert; weight_KT: floating point; num_experts: E; capacity: C, None where the framework pads nothing.
     """
 
     expert_KT: torch.Tensor
     slot_KT: torch.Tensor
     weight_KT: torch.Tensor
     num_experts: int
-    capacity: int
+    capacity: int | None
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ class PlanRequest:
     row_bytes: int
     padded_capacity: int | None  # slots per expert and source rank to re-create in the buffer; None: ragged
     row_order: RowOrder | None  # set: expert outputs travel back row by row
+    place_of_source: tuple[int, ...] | None = None  # of each source's rows among those for an expert; None: by rank
 
 
 def build_plan(
@@ -239,7 +240,7 @@ def _plan_chunk(
     near = SidePlan(order.near_token[chunk].to(device), near_received.tolist(), near_entries)
     far_entries = int(counts_PL.sum()) - near_entries
     far = SidePlan(order.far_token[chunk].to(device), far_received.sum(1).tolist(), far_entries)
-    layout, base_PL = _lay_out(counts_PL, request.padded_capacity)
+    layout, base_PL = _lay_out(counts_PL, request.padded_capacity, request.place_of_source)
     rows = None
     if request.row_order is not None:
         rows = plan_row_trip(request.row_order, chunk, counts_PL, base_PL, is_near, device)
@@ -251,9 +252,15 @@ def _plan_chunk(
     return ChunkPlan(itinerary, near, far, experts, base_PL.flatten().tolist(), layout, rows)
 
 
-def _lay_out(counts_PL: torch.Tensor, padded_capacity: int | None) -> tuple[ExpertLayout, torch.Tensor]:
+def _lay_out(
+    counts_PL: torch.Tensor, padded_capacity: int | None, place_of_source: tuple[int, ...] | None = None
+) -> tuple[ExpertLayout, torch.Tensor]:
     """The buffer's layout, and where each source's rows for each expert start in it, [P, L]."""
     num_sources, num_local = counts_PL.shape
+    if place_of_source is not None:
+        place = torch.tensor(place_of_source)
+        layout, base_PL = _lay_out(counts_PL[place.argsort()], padded_capacity)
+        return layout, base_PL[place]
     rows_of_expert = tuple(counts_PL.sum(0).tolist())
     if padded_capacity is None:
         by_expert = counts_PL.t().reshape(-1)

@@ -9,7 +9,9 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -30,6 +32,7 @@ from planmoe_ds.group import ExpertGroup, SidedArrival, SideRows, Sides
 from planmoe_ds.plan import ChunkPlan, RoutingPlan, SidePlan
 from planmoe_ds.rows import RowOrder
 
+Launch = Callable[[], SidedArrival]  # starts an exchange of rows that are packed already
 _MOST_SHORT_IDS = 1 << 15
 _NO_ROUTES = RowRoutes()  # ranks that pass rows on know them from the tokens' way out
 
@@ -116,14 +119,14 @@ class Wire:
     hidden: int
     dtype: torch.dtype
 
-    def send_tokens(self, chunk: ChunkPlan, tokens: torch.Tensor, columns: TokenColumns | None) -> SidedArrival:
-        """Start a chunk's tokens [T, H] on their way; without columns they go where the last ones with columns went."""
+    def send_tokens(self, chunk: ChunkPlan, tokens: torch.Tensor, columns: TokenColumns | None) -> Launch:
+        """Pack a chunk's tokens [T, H] to be sent; without columns they go where the last ones with columns went."""
         send = Sides(
             self._token_rows(chunk.near, tokens, columns, self.codecs.near),
             self._token_rows(chunk.far, tokens, columns, self.codecs.far),
         )
         routes = _NO_ROUTES if columns is None else self._routes(chunk, columns, self.codecs.far)
-        return self.group.dispatch(send, chunk.itinerary, routes)
+        return partial(self.group.dispatch, send, chunk.itinerary, routes)
 
     def find_spreads(self, chunk: ChunkPlan, rows: Sides, columns: TokenColumns) -> Spreads:
         """Read the columns of arrived tokens."""
@@ -139,6 +142,24 @@ class Wire:
         spread_rows(self.codecs.far, rows.far, spreads.far, weighted, buffer)
         return buffer
 
+    def route_weights(self, chunk: ChunkPlan, spreads: Spreads, columns: TokenColumns) -> torch.Tensor:
+        """The weight of the route behind each row of the experts' buffer, [rows]; zero in empty slots."""
+        sides = (spreads.near, spreads.far)
+        weights = sides[0].weight.new_zeros(chunk.layout.num_rows)
+        for side in sides:
+            weights[side.target] = side.weight
+        return weights.to(columns.weight_dtype)
+
+    def by_route(self, spreads: Spreads, values: torch.Tensor, top_k: int) -> Sides:
+        """Values of the buffer's rows, [rows], by arrived row and route, [*, K]."""
+
+        def side(spread: Spread) -> torch.Tensor:
+            result = values.new_zeros((spread.start.shape[0] - 1, top_k))
+            result[spread.source, spread.route] = values[spread.target]
+            return result
+
+        return Sides(side(spreads.near), side(spreads.far))
+
     def dots(self, rows: Sides, spreads: Spreads, outputs: torch.Tensor, top_k: int) -> Sides:
         """Products of arrived rows with the experts' outputs [rows, H], by arrived row and route, [*, K]."""
         return Sides(
@@ -148,8 +169,8 @@ class Wire:
 
     def send_sums(
         self, chunk: ChunkPlan, rows: torch.Tensor, spreads: Spreads, weighted: bool, extra: Sides | None = None
-    ) -> SidedArrival:
-        """Start the sums of each arrived row's expert outputs [rows, H] on their way back, with `extra` columns."""
+    ) -> Launch:
+        """Pack the sums of each arrived row's expert outputs [rows, H] for their way back, with `extra` columns."""
         inner = self.codecs.inner if self.group.comm.passes_on else self.codecs.far
         send = Sides(
             self._sum_rows(
@@ -160,7 +181,8 @@ class Wire:
         num_extra = 0 if extra is None else extra.near.shape[1]
         extra_bytes = 0 if extra is None else num_extra * extra.near.element_size()
         sums = RowSums(inner=inner, outer=self.codecs.far, hidden=self.hidden, dtype=self.dtype, extra=num_extra)
-        return self.group.combine(send, chunk.itinerary, sums, self._values_width(self.codecs.far) + extra_bytes)
+        far_width = self._values_width(self.codecs.far) + extra_bytes
+        return partial(self.group.combine, send, chunk.itinerary, sums, far_width)
 
     def add_sums(self, chunk: ChunkPlan, rows: Sides, total_TH: torch.Tensor, extra_TK: torch.Tensor | None) -> None:
         """Add returned sums to each token's total, in `wide_dtype`."""
@@ -173,12 +195,13 @@ class Wire:
                 extra = wire[:, self._values_width(codec) :].clone(memory_format=torch.contiguous_format)
                 extra_TK.index_add_(0, side.token, extra.view(extra_TK.dtype))
 
-    def send_rows_out(self, chunk: ChunkPlan, rows_NH: torch.Tensor) -> SidedArrival:
-        """Start a chunk's rows, one per route, on their way to the experts."""
+    def send_rows_out(self, chunk: ChunkPlan, rows_NH: torch.Tensor) -> Launch:
+        """Pack a chunk's rows, one per route, for their way to the experts."""
         assert chunk.rows is not None
         near, far = chunk.rows.near, chunk.rows.far
         send = Sides(self.codecs.near.encode(rows_NH, near.row), self.codecs.far.encode(rows_NH, far.row))
-        return self.group.exchange_sides(send, SideRows(near.sent, far.sent), SideRows(near.received, far.received))
+        sent, received = SideRows(near.sent, far.sent), SideRows(near.received, far.received)
+        return partial(self.group.exchange_sides, send, sent, received)
 
     def place_rows(self, chunk: ChunkPlan, rows: Sides) -> torch.Tensor:
         """Arrived rows -> the experts' buffer [rows, H]."""
@@ -188,18 +211,30 @@ class Wire:
         self.codecs.far.decode(rows.far, buffer, chunk.rows.far.buffer_row)
         return buffer
 
-    def send_rows_back(self, chunk: ChunkPlan, rows: torch.Tensor) -> SidedArrival:
-        """Start the experts' outputs [rows, H] on their way back, one row per route."""
+    def send_rows_back(self, chunk: ChunkPlan, rows: torch.Tensor, extra: torch.Tensor | None = None) -> Launch:
+        """Pack the experts' outputs [rows, H] for their way back, one row per route, each with its `extra` number."""
         assert chunk.rows is not None
         near, far = chunk.rows.near, chunk.rows.far
         send = Sides(self.codecs.near.encode(rows, near.buffer_row), self.codecs.far.encode(rows, far.buffer_row))
-        return self.group.exchange_sides(send, SideRows(near.received, far.received), SideRows(near.sent, far.sent))
+        if extra is not None:
+            numbers = (_bytes(extra[side.buffer_row].unsqueeze(1)) for side in (near, far))
+            send = Sides(*(torch.cat(pair, dim=1) for pair in zip((send.near, send.far), numbers, strict=True)))
+        sent, received = SideRows(near.received, far.received), SideRows(near.sent, far.sent)
+        return partial(self.group.exchange_sides, send, sent, received)
 
-    def collect_rows(self, chunk: ChunkPlan, rows: Sides, result_NH: torch.Tensor) -> None:
-        """Returned rows -> their places among this rank's rows."""
+    def collect_rows(
+        self, chunk: ChunkPlan, rows: Sides, result_NH: torch.Tensor, extra_N: torch.Tensor | None
+    ) -> None:
+        """Returned rows, and their extra numbers -> their places among this rank's rows."""
         assert chunk.rows is not None
-        self.codecs.near.decode(rows.near, result_NH, chunk.rows.near.row)
-        self.codecs.far.decode(rows.far, result_NH, chunk.rows.far.row)
+        for wire, side, codec in (
+            (rows.near, chunk.rows.near, self.codecs.near),
+            (rows.far, chunk.rows.far, self.codecs.far),
+        ):
+            width = wire.shape[1] if extra_N is None else wire.shape[1] - extra_N.element_size()
+            if extra_N is not None:
+                extra_N[side.row] = _bytes(wire[:, width:]).view(extra_N.dtype).squeeze(1)
+            codec.decode(wire[:, :width].contiguous(), result_NH, side.row)
 
     @property
     def wide_dtype(self) -> torch.dtype:

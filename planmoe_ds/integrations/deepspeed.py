@@ -23,6 +23,7 @@ from deepspeed.utils.bwc import (
 )
 from torch import nn
 
+from planmoe_ds import __version__
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
 from planmoe_ds.choose import LayerTraffic
 from planmoe_ds.config import AUTO, PlanMoEConfig, find_section, parse_config
@@ -94,6 +95,7 @@ class PlanMoELayer(MOELayer):  # type: ignore[misc]
         """Two padded all-to-alls forward, and two backward if there is one."""
         passes = 4 if torch.is_grad_enabled() else 2
         parts = 1 if self.tensor_parallel is None else self.tensor_parallel.size
+        assert routes.capacity is not None
         rows = routes.capacity // parts * routes.num_experts
         padded = rows * tokens.shape[1] * tokens.element_size()
         self.planmoe.recorder.add_stock_bytes(passes * padded * (self.ep_size - 1) // self.ep_size)
@@ -159,6 +161,7 @@ def _settings(config: PlanMoEConfig, param_dict: Mapping[str, Any], model: nn.Mo
         return settings
     settings |= {f"{SECTION}.{key}": str(value) for key, value in config.model_dump(mode="json").items()}
     settings[ENABLED] = str(config.enabled)
+    settings["planmoe's version"] = __version__
     for path in SHARED_SETTINGS:
         value: Any = param_dict
         for key in path.split("."):
@@ -171,7 +174,8 @@ def _settings(config: PlanMoEConfig, param_dict: Mapping[str, Any], model: nn.Mo
         gate = layer.gate
         settings[f"MoE layer {number}{where}"] = (
             f"{layer.ep_size * layer.num_local_experts} experts, expert-parallel size {layer.ep_size}, hidden size "
-            f"{gate.wg.weight.shape[1]}, top-{gate.k}, drop_tokens {gate.drop_tokens}"
+            f"{gate.wg.weight.shape[1]}, top-{gate.k}, drop_tokens {gate.drop_tokens}, capacity factor "
+            f"{gate.capacity_factor} (evaluation {gate.eval_capacity_factor}, at least {gate.min_capacity})"
         )
     return settings
 
@@ -190,7 +194,8 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
     tensor_parallel_size = bwc_tensor_model_parallel_world_size(groups.mpu)
     if tensor_parallel_size > 1:
         my_groups["tensor parallel"] = list(dist.get_process_group_ranks(bwc_tensor_model_parallel_group(groups.mpu)))
-    traffic = {layer.ep_group_name: _traffic(layer) for layer in layers}
+    by_size = sorted(layers, key=lambda layer: layer.num_local_experts)
+    traffic = {layer.ep_group_name: _traffic(layer) for layer in by_size}  # of the layer with most experts
     connected = connect(my_groups, config, device, traffic)
     recorder = Recorder(device)
     codecs = Codecs(**{key: LinkCodecs.everywhere(name) for key, name in config.compression.model_dump().items()})
