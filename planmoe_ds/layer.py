@@ -13,7 +13,7 @@ from planmoe_ds import __version__
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.experts import Experts
 from planmoe_ds.group import ExpertGroup
-from planmoe_ds.guard import PLAN_PHASE, Header, digest, dtype_code, phase_now
+from planmoe_ds.headers import PLAN_PHASE, Header, digest, dtype_code, phase_now
 from planmoe_ds.pipeline import Codecs, LayerCall, run_experts
 from planmoe_ds.plan import PlanRequest, Routes, build_plan
 from planmoe_ds.planner import LayerPlanner

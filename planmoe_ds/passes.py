@@ -17,7 +17,7 @@ from planmoe_ds.executor import Order, Steps, run_tasks
 from planmoe_ds.experts import Experts, check_no_foreign_leaves
 from planmoe_ds.gradients import ExpertGraph, Totals, linear_calls, splittable, used_once
 from planmoe_ds.group import ExpertGroup, SidedArrival, Sides
-from planmoe_ds.guard import pass_phase
+from planmoe_ds.headers import pass_phase
 from planmoe_ds.plan import ChunkPlan, RoutingPlan
 from planmoe_ds.planner import CallOrders
 from planmoe_ds.recorder import Label, Recorder

@@ -14,7 +14,7 @@ import torch
 from planmoe_ds.backend import Itinerary, RowRoutes, TokenOrder, order_tokens
 from planmoe_ds.config import ChunkBy
 from planmoe_ds.group import ExpertGroup
-from planmoe_ds.guard import Header, check_headers, check_launches
+from planmoe_ds.headers import Header, check_headers, check_launches
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, RowTrip, plan_row_trip
 

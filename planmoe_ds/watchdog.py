@@ -28,6 +28,7 @@ PERIOD_SECONDS = 0.5  # at least; stretched so that the store never gets more th
 MAX_CALLS_PER_SECOND = 4000
 SILENCE_SECONDS = 20.0  # without a sign of life a rank that others wait for counts as gone
 KEPT_STEPS = 24
+_MOST_STORE_FAILURES = 3
 
 _FAILED = "failed"
 
@@ -70,7 +71,9 @@ class Watchdog:
     timeout_seconds: bound of every wait, None for the process groups' own.
     """
 
-    def __init__(self, comms: Sequence[Comm], members: Mapping[int, Sequence[int]], timeout_seconds: float | None) -> None:
+    def __init__(
+        self, comms: Sequence[Comm], members: Mapping[int, Sequence[int]], timeout_seconds: float | None
+    ) -> None:
         """comms: all of this rank; members: the global ranks of its groups, by their numbers."""
         self._monitor = _Monitor(comms, members, timeout_seconds)
         self._monitor.start()
@@ -107,7 +110,9 @@ class Watchdog:
 class _Monitor(threading.Thread):
     """The thread; holds no reference to the Watchdog, so that it ends with it."""
 
-    def __init__(self, comms: Sequence[Comm], members: Mapping[int, Sequence[int]], timeout_seconds: float | None) -> None:
+    def __init__(
+        self, comms: Sequence[Comm], members: Mapping[int, Sequence[int]], timeout_seconds: float | None
+    ) -> None:
         super().__init__(name="planmoe-watchdog", daemon=True)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.position = _START
@@ -162,23 +167,29 @@ class _Monitor(threading.Thread):
         """Let all ranks stop because of an error of this one's own."""
         if self.reason is None and not isinstance(error, GeneratorExit):
             kind = "mismatch" if isinstance(error, PlanMoEMismatchError) else "error"
-            text = str(error) if kind == "mismatch" else f"rank {self.rank} stopped in {where}: {type(error).__name__}: {error}"
+            text = (
+                str(error)
+                if kind == "mismatch"
+                else f"rank {self.rank} stopped in {where}: {type(error).__name__}: {error}"
+            )
             self._give(Reason(self.rank, kind, text))
 
     def run(self) -> None:
         """Until stop()."""
         failures = 0
-        while not self._stopping.wait(self._period):
-            try:
-                self._look()
-                failures = 0
-            except RuntimeError as error:  # the store: rank 0 or the launcher that serves it may be gone
-                failures += 1
-                if failures >= 3 and self.position.waits:
-                    self._stop_all(Reason(self.rank, "error", f"rank {self.rank} lost the job's store ({error}): the "
-                                          "process that serves it, rank 0 or the launcher, is gone"))  # fmt: skip
-                if failures >= 3:
-                    return
+        while failures < _MOST_STORE_FAILURES and not self._stopping.wait(self._period):
+            failures = 0 if self._look_safely() else failures + 1
+        if failures and self.position.waits:
+            text = f"rank {self.rank} lost the job's store: the process that serves it, rank 0 or the launcher, is gone"
+            self._stop_all(Reason(self.rank, "error", text))
+
+    def _look_safely(self) -> bool:
+        """False when the store does not answer."""
+        try:
+            self._look()
+        except RuntimeError:
+            return False
+        return True
 
     def _look(self) -> None:
         if self.reason is None:
@@ -207,8 +218,10 @@ class _Monitor(threading.Thread):
             theirs = self._position_of(peer)
             if theirs is not None and theirs.waits and (theirs.group, theirs.number) == (mine.group, mine.number):
                 if theirs.what != mine.what:
-                    text = (f"ranks are in different places of one exchange: rank {self.rank} {mine.describe()}; rank "
-                            f"{peer} {theirs.describe()}. Every rank must run the same layers in the same order")  # fmt: skip
+                    text = (
+                        f"ranks are in different places of one exchange: rank {self.rank} {mine.describe()}; rank "
+                        f"{peer} {theirs.describe()}. Every rank must run the same layers in the same order"
+                    )
                     return Reason(self.rank, "mismatch", text)
             elif self._store.check([f"ended/{peer}"]):
                 return self._missing(mine, peer, "ended its program")

@@ -80,11 +80,14 @@ def check_headers(received: Sequence[Sequence[int]], mine: Header, global_ranks:
                 f"rank {rank}: {_name(name, value)}" for rank, value in zip(global_ranks, values, strict=True)
             )
             raise PlanMoEMismatchError(
-                f"ranks of one expert-parallel group disagree on {_TITLES.get(name, name)}: {who}.{_ADVICE.get(name, '')}"
+                f"ranks of one expert-parallel group disagree on {_TITLES.get(name, name)}: {who}."
+                f"{_ADVICE.get(name, '')}"
             )
 
 
-def check_launches(received: torch.Tensor, mine: torch.Tensor, layer: int, global_ranks: Sequence[int], rank: int) -> None:
+def check_launches(
+    received: torch.Tensor, mine: torch.Tensor, layer: int, global_ranks: Sequence[int], rank: int
+) -> None:
     """Compare digests of launch orders, int64 [P, 1] each; PlanMoEMismatchError names the ranks that differ."""
     differing = [global_ranks[place] for place in (received != mine).any(1).nonzero().flatten().tolist()]
     if differing:
