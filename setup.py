@@ -35,7 +35,11 @@ def extension() -> CppExtension:
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "zfp" / "include")],
         define_macros=macros,
         extra_compile_args=[
-            "-O3", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math",
+            "-O3",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-fno-math-errno",
+            "-fno-trapping-math",
             "-ffp-contract=off",  # the same bytes on the wire whatever the processor
         ],
     )

@@ -131,8 +131,12 @@ class Compressor:
 
     @property
     def lossless(self) -> bool: ...
+    @property
+    def may_refuse(self) -> bool:
+        """Whether `fits` may be False."""
+
     def fits(self, rows: torch.Tensor) -> bool:
-        """False when a row of [N, hidden] cannot be carried; only the codec "lossless" may say so."""
+        """False when a row of [N, hidden] cannot be carried."""
 
     def encode(self, rows: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor: ...
     def encode_into(self, rows: torch.Tensor, index: torch.Tensor | None, wire: torch.Tensor) -> None: ...

@@ -14,22 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
+from planmoe_ds.backend import Compressor
+from planmoe_ds.codecs import Codecs
 from planmoe_ds.experts import LocalExperts, check_no_foreign_leaves
 from planmoe_ds.group import ExpertGroup, SidedArrival, Sides
+from planmoe_ds.guard import Meter
 from planmoe_ds.plan import ChunkPlan, RoutingPlan
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.schedule import Kind, pipelined
 from planmoe_ds.trace import Phase
-from planmoe_ds.wire import LinkCodecs, Spreads, TokenColumns, Wire
-
-
-@dataclass(frozen=True)
-class Codecs:
-    """The compressors of each direction."""
-
-    dispatch: LinkCodecs
-    combine: LinkCodecs
-    gradients: LinkCodecs
+from planmoe_ds.wire import Spreads, TokenColumns, Wire
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,7 @@ class LayerCall:
     token_N: torch.Tensor | None  # the token of every row, where outputs travel back as rows; None: as sums
     keep_graph: bool  # a backward will follow
     check_leaves: bool
+    meter: Meter | None = None  # measures the codecs
 
     @property
     def returns_rows(self) -> bool:
@@ -59,9 +54,17 @@ class LayerCall:
         """N; 0 where outputs travel back as sums."""
         return 0 if self.token_N is None else self.token_N.shape[0]
 
-    def wire(self, codecs: LinkCodecs, dtype: torch.dtype) -> Wire:
-        """Encoding of rows of `dtype`."""
-        return Wire(self.group, self.plan, codecs, self.hidden, dtype)
+    def wire(self, direction: str, dtype: torch.dtype) -> Wire:
+        """Encoding of rows of `dtype` on their way in a direction of Codecs."""
+        codecs = getattr(self.codecs, direction)
+        meter = self.meter
+        if meter is None:
+            return Wire(self.group, self.plan, codecs, self.hidden, dtype)
+
+        def measure(link: str, codec: Compressor, rows: torch.Tensor) -> None:
+            meter.measure((direction, link), codec, rows)
+
+        return Wire(self.group, self.plan, codecs, self.hidden, dtype, measure)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _forward(
     call: LayerCall, tokens: torch.Tensor, parameters: list[torch.Tensor], graphs: dict[int, _ChunkGraph]
 ) -> torch.Tensor:
     """Tokens [T, H] -> weighted sums of expert outputs [T, H], or rows [N, H]; fills `graphs`."""
-    out, back = (call.wire(codecs, tokens.dtype) for codecs in (call.codecs.dispatch, call.codecs.combine))
+    out, back = (call.wire(direction, tokens.dtype) for direction in ("dispatch", "combine"))
     outputs: list[torch.Tensor] = []
     totals = None if call.token_N is not None else torch.zeros_like(tokens, dtype=back.wide_dtype)
 
@@ -137,7 +140,7 @@ def _forward(
         if not outputs:
             outputs.append(output.new_empty((call.num_rows, call.hidden)))
         if call.returns_rows:
-            return call.wire(call.codecs.combine, output.dtype).send_rows_back(chunk, output)
+            return call.wire("combine", output.dtype).send_rows_back(chunk, output)
         return back.send_sums(chunk, output.to(back.dtype), spreads, weighted=True)
 
     def collect(chunk: ChunkPlan, arrived: Sides) -> None:
@@ -163,7 +166,7 @@ def _backward(
     call: LayerCall, grad: torch.Tensor, parameters: list[torch.Tensor], num_tokens: int, graphs: dict[int, _ChunkGraph]
 ) -> _Gradients:
     """The gradient of what _forward returned -> those of what it was given; takes chunks from `graphs`."""
-    out, back = (call.wire(call.codecs.gradients, dtype) for dtype in (grad.dtype, call.dtype))
+    out, back = (call.wire("gradients", dtype) for dtype in (grad.dtype, call.dtype))
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     parameter_grads: list[torch.Tensor | None] = [None] * len(parameters)
     top_k = call.columns.top_k

@@ -29,7 +29,9 @@ class AbstractCompressor {
   // Throws ValueError for a dtype that this codec cannot carry.
   virtual void check_dtype(at::ScalarType dtype) const;
 
-  // False when a row of `rows` [R, H] cannot be carried: only codecs that promise every bit of what they carry may say so.
+  // True for codecs that have a fixed size and yet keep every bit, so that they cannot carry all rows: then `fits` is
+  // false when a row of `rows` [R, H] cannot be carried.
+  virtual bool may_refuse() const { return false; }
   virtual bool fits(const at::Tensor& /*rows*/) const { return true; }
 
   // rows [R, H] -> uint8 [N, row_bytes]; with `index` (int64 [N]) wire row i encodes rows[index[i]].

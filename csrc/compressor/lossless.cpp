@@ -1,4 +1,4 @@
-// lossless: bfloat16 rows bit for bit, with four bits for most exponents: about 12.27 bits per value, 1.30 times smaller.
+// lossless: bfloat16 rows bit for bit (a NaN as some NaN), with four bits for most exponents: about 12.27 bits per value, 1.30 times smaller.
 //
 // No fixed size below 16 bits holds every row, so `fits` says beforehand whether all of a tensor's rows can be carried;
 // a row that does not fit is refused, never changed. The engine asks for tokens on their way to the experts, tells the
@@ -30,6 +30,7 @@ class LosslessCompressor final : public RowCodec {
  public:
   int64_t row_bytes(int64_t hidden, at::ScalarType /*dtype*/) const override { return lossless::row_bytes(hidden); }
   bool lossless() const override { return true; }
+  bool may_refuse() const override { return true; }
 
   void check_dtype(at::ScalarType dtype) const override {
     TORCH_CHECK_VALUE(dtype == at::kBFloat16, "lossless takes bfloat16 rows, got ", dtype,

@@ -151,11 +151,14 @@ PLANMOE_INLINE inline float to_coefficients(const float* values, int64_t count, 
   return std::bit_cast<float>(exponent << 23);
 }
 
-// The way back, for the first `count` values: block holds coefficients, and is overwritten.
+// The way back, for the first `count` values: block holds coefficients, and is overwritten. Rounding makes no infinity of
+// the largest floats; a NaN stays one.
 template <int lanes>
 PLANMOE_INLINE inline void from_coefficients(float* block, float scale, int64_t count, float* values) {
   hadamard<lanes>(block);
-  for (int64_t i = 0; i < count; ++i) values[i] = block[i] * kHadamardSigns.value[i] * scale;
+  constexpr float kMost = std::numeric_limits<float>::max();
+  for (int64_t i = 0; i < count; ++i)
+    values[i] = std::min(std::max(block[i] * kHadamardSigns.value[i] * scale, -kMost), kMost);
 }
 
 }  // namespace planmoe
