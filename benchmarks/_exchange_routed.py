@@ -10,11 +10,12 @@ import torch.distributed as dist
 from benchmarks._exchange_cases import Case
 from planmoe_ds.backend import Comm, Exchange, LaunchLedger
 from planmoe_ds.choose import Choice
+from planmoe_ds.codecs import LinkCodecs
 from planmoe_ds.config import ChunkBy
 from planmoe_ds.group import ExpertGroup, SidedArrival
 from planmoe_ds.plan import ChunkPlan, Header, PlanRequest, build_plan
 from planmoe_ds.recorder import Label, Recorder
-from planmoe_ds.wire import LinkCodecs, Spreads, TokenColumns, Wire, token_columns
+from planmoe_ds.wire import Spreads, TokenColumns, Wire, token_columns
 
 
 @dataclass(frozen=True)
