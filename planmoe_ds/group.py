@@ -25,7 +25,8 @@ from planmoe_ds.backend import (
     make_comm,
 )
 from planmoe_ds.choose import Choice, LayerTraffic, choose_comm
-from planmoe_ds.config import AUTO, Exactness, PlanMoEConfig
+from planmoe_ds.compression import AUTO
+from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.costs import ClusterCosts
 from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.probe import run_probe
@@ -73,8 +74,8 @@ class ExpertGroup:
     """A set of ranks with an all-to-all of its own; group ranks throughout.
 
     ledger: the launches of all groups of this process; number: this group's among them, the same on every rank;
-    choice: the all-to-all in use, and why; counts_width: int64 numbers that the widest counts of any layer take;
-    watchdog: None in a world of one rank.
+    choice: the all-to-all in use, and why; costs: of the cluster's links, where something is left to be chosen by them;
+    counts_width: int64 numbers that the widest counts of any layer take; watchdog: None in a world of one rank.
     """
 
     comm: Comm
@@ -82,6 +83,7 @@ class ExpertGroup:
     ledger: LaunchLedger
     number: int
     choice: Choice
+    costs: ClusterCosts | None = None
     counts_width: int = 0
     watchdog: Watchdog | None = None
 
@@ -197,7 +199,8 @@ def connect(
     distinct = sorted({tuple(ranks) for groups in everyone for ranks in groups.values()})
     topology = find_topology(config.ranks_per_node)
     loads = {tuple(my_groups[name]): load for name, load in (traffic or {}).items()}
-    choices = _choose(distinct, loads, topology, config, device)
+    costs = _probe(distinct, topology, config, device)
+    choices = _choose(distinct, loads, topology, config, costs)
     milliseconds = round(config.timeout_seconds * 1000) if config.timeout_seconds is not None else 0
     ledger = LaunchLedger(dist.get_world_size())
     mine = sorted({tuple(ranks) for ranks in my_groups.values()})
@@ -215,7 +218,7 @@ def connect(
     connected: dict[tuple[int, ...], ExpertGroup] = {}
     for ranks, comm in comms.items():
         width = _counts_width(comm, loads.get(ranks), config.chunks)
-        connected[ranks] = ExpertGroup(comm, ranks, ledger, numbers[ranks], choices[ranks], width, watchdog)
+        connected[ranks] = ExpertGroup(comm, ranks, ledger, numbers[ranks], choices[ranks], costs, width, watchdog)
         weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends
     return {name: connected[tuple(ranks)] for name, ranks in my_groups.items()}
 
@@ -231,14 +234,24 @@ def _counts_width(comm: Comm, load: LayerTraffic | None, num_chunks: int) -> int
     return num_chunks * per_chunk
 
 
+def _probe(
+    distinct: list[tuple[int, ...]], topology: Topology, config: PlanMoEConfig, device: torch.device
+) -> ClusterCosts | None:
+    """What the links cost, where "auto" needs to know."""
+    crosses = any(topology.subset(ranks).num_nodes > 1 for ranks in distinct)
+    if (config.comm == AUTO and crosses) or (config.compression == AUTO and topology.num_ranks > 1):
+        return run_probe(device, topology).costs
+    return None
+
+
 def _choose(
     distinct: list[tuple[int, ...]],
     loads: dict[tuple[int, ...], LayerTraffic],
     topology: Topology,
     config: PlanMoEConfig,
-    device: torch.device,
+    costs: ClusterCosts | None,
 ) -> dict[tuple[int, ...], Choice]:
-    """The all-to-all of every group that this rank is in, or might be asked about; probes the links where "auto" must.
+    """The all-to-all of every group that this rank is in, or might be asked about.
 
     Every rank decides alike, because all have the same costs and a group's ranks have the same layers.
     """
@@ -246,9 +259,6 @@ def _choose(
         return dict.fromkeys(distinct, Choice(config.comm, "as the config says", {}))
     choices = dict.fromkeys(distinct, Choice("direct", "direct: no layer's traffic is known", {}))
     exact = config.resolved_exactness is Exactness.EXACT
-    costs: ClusterCosts | None = None
-    if any(topology.subset(ranks).num_nodes > 1 for ranks in distinct):
-        costs = run_probe(device, topology).costs
     for ranks, load in loads.items():
         places = topology.subset(ranks)
         if places.num_nodes == 1 or costs is None:

@@ -29,14 +29,14 @@ class Header:
     """
 
     layer: int
-    phase: int
-    call: int
-    num_chunks: int
+    phase: int = 1
+    call: int = 0
+    num_chunks: int = 1
     hidden_size: int
-    dtype: int
+    dtype: int = 0
     routes_per_token: int
     num_experts: int
-    settings: int
+    settings: int = 0
 
     def pack(self) -> torch.Tensor:
         """int64 [fields]."""

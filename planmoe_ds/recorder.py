@@ -52,6 +52,23 @@ class Label:
         return f"layer {self.layer} {self.phase}, {self.name}{of_chunk}"
 
 
+@dataclass(frozen=True)
+class Quality:
+    """A measured codec: ||decoded - x|| / ||x||, the largest of a group's ranks; `retreat`: what it gave way to, if so.
+
+    step: training calls of the layer before the measured one; direction: "dispatch", "combine", "gradients"; link:
+    "near", "far", "inner" (partial sums).
+    """
+
+    step: int
+    layer: int
+    direction: str
+    link: str
+    codec: str
+    error: float
+    retreat: str | None
+
+
 class Recorder:
     """Collects events of one rank; thread-safe, because backward runs on autograd's thread."""
 
@@ -64,6 +81,7 @@ class Recorder:
         self._stock_bytes = 0
         self._num_exchanges = 0
         self._trace: list[Span] | None = None
+        self._qualities: deque[Quality] = deque(maxlen=MAX_PENDING)
 
     @contextmanager
     def span(self, lane: Lane, label: Label) -> Iterator[None]:
@@ -85,6 +103,16 @@ class Recorder:
         """Add what the framework's own all-to-all would have sent."""
         with self._lock:
             self._stock_bytes += count
+
+    def add_quality(self, quality: Quality) -> None:
+        """Add what the quality guard found."""
+        self._qualities.append(quality)
+
+    def take_qualities(self) -> list[Quality]:
+        """What the quality guard found since the last call."""
+        found = list(self._qualities)
+        self._qualities.clear()
+        return found
 
     def take(self) -> StepStats:
         """Totals since the last call, then start from zero; on an accelerator this waits for the recorded work."""

@@ -147,7 +147,7 @@ class _Monitor(threading.Thread):
         """Say that this rank ended, and end the thread."""
         self._stopping.set()
         with contextlib.suppress(RuntimeError):
-            self._store.set(f"ended/{self.rank}", b"1")
+            self._store.set(f"ended/{self.rank}", "1")
         if self.is_alive() and threading.current_thread() is not self:
             self.join(timeout=2 * self._period + 1)
 

@@ -34,11 +34,14 @@ class MegatronEngine:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
         self.options, self.model, self.device = options, model, device
-        config = OptimizerConfig(optimizer="adam", lr=options.learning_rate, bf16=options.bf16, clip_grad=1.0)
+        least = options.learning_rate / 10
+        config = OptimizerConfig(
+            optimizer="adam", lr=options.learning_rate, min_lr=least, bf16=options.bf16, clip_grad=1.0
+        )
         self.optimizer = get_megatron_optimizer(config, [model])
         model.config.grad_scale_func = self.optimizer.scale_loss
         self.schedule = OptimizerParamScheduler(
-            self.optimizer, init_lr=0.0, max_lr=options.learning_rate, min_lr=options.learning_rate / 10,
+            self.optimizer, init_lr=0.0, max_lr=options.learning_rate, min_lr=least,
             lr_warmup_steps=min(MOST_WARMUP_STEPS, options.steps // WARMUP_SHARE), lr_decay_steps=options.steps,
             lr_decay_style="cosine", start_wd=0.01, end_wd=0.01, wd_incr_steps=1, wd_incr_style="constant",
             use_checkpoint_opt_param_scheduler=False,

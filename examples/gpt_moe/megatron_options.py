@@ -171,7 +171,7 @@ def _planmoe_section(parsed: argparse.Namespace) -> bool | dict[str, Any]:
     """False with Megatron's own dispatcher, else what planmoe itself will check."""
     flags = {"chunks": parsed.planmoe_chunks, "comm": parsed.planmoe_comm, "compression": parsed.planmoe_compression}
     given = {key: value for key, value in flags.items() if value is not None}
-    if parsed.moe_token_dispatcher != "planmoe":  # noqa: S105  a token of text
+    if parsed.moe_token_dispatcher != "planmoe":
         if given or parsed.planmoe_config:
             raise ExampleError("--planmoe-… settings need --moe-token-dispatcher planmoe")
         return False
