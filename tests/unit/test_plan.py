@@ -299,8 +299,8 @@ def launch_in_order(orders: list[str]) -> str:
         assert arrival.exchange is not None
         arrival.exchange.wait()
     request = PlanRequest(
-        num_chunks=1, chunk_by=ChunkBy.TOKEN, header=Header(layer=7, hidden_size=4, routes_per_token=1, num_experts=3), row_bytes=16, padded_capacity=None,
-        row_order=None,
+        num_chunks=1, chunk_by=ChunkBy.TOKEN, row_bytes=16, padded_capacity=None, row_order=None,
+        header=Header(layer=7, hidden_size=4, routes_per_token=1, num_experts=3),
     )  # fmt: skip
     label = Label("plan", 7, -1, "forward")
     try:
