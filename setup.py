@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parent
 
 
 def extension() -> CppExtension:
-    """The compiled backend: every source file below csrc/."""
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+    """The compiled backend: every source file below csrc/, and those of the zfp codec."""
+    found = [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "zfp" / "src").glob("*.cpp")]
+    sources = sorted(str(path.relative_to(ROOT)) for path in found)
     macros = [
         ("PLANMOE_TORCH_VERSION", f'"{torch.__version__}"'),
         ("PLANMOE_CUDA_VERSION", f'"{torch.version.cuda or "off"}"'),
@@ -31,9 +32,16 @@ def extension() -> CppExtension:
     return CppExtension(
         "planmoe_ds._C",
         sources,
-        include_dirs=[str(ROOT / "csrc")],
+        include_dirs=[str(ROOT / "csrc"), str(ROOT / "zfp" / "include")],
         define_macros=macros,
-        extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math"],
+        extra_compile_args=[
+            "-O3",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-ffp-contract=off",  # the same bytes on the wire whatever the processor
+        ],
     )
 
 

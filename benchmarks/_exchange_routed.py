@@ -10,11 +10,13 @@ import torch.distributed as dist
 from benchmarks._exchange_cases import Case
 from planmoe_ds.backend import Comm, Exchange, LaunchLedger
 from planmoe_ds.choose import Choice
+from planmoe_ds.codecs import LinkCodecs
 from planmoe_ds.config import ChunkBy
 from planmoe_ds.group import ExpertGroup, SidedArrival
-from planmoe_ds.plan import ChunkPlan, Header, PlanRequest, build_plan
+from planmoe_ds.headers import Header
+from planmoe_ds.plan import ChunkPlan, PlanRequest, build_plan
 from planmoe_ds.recorder import Label, Recorder
-from planmoe_ds.wire import LinkCodecs, Spreads, TokenColumns, Wire, token_columns
+from planmoe_ds.wire import Spreads, TokenColumns, Wire, token_columns
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def prepare(case: Case, comm: Comm, device: torch.device) -> RoutedRun:
     request = PlanRequest(
         num_chunks=1,
         chunk_by=ChunkBy.TOKEN,
-        header=Header(0, tokens.shape[1], 4, top_k),
+        header=Header(layer=0, hidden_size=tokens.shape[1], routes_per_token=top_k, num_experts=num_experts),
         row_bytes=case.row_bytes,
         padded_capacity=None,
         row_order=None,

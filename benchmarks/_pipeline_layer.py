@@ -12,16 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from planmoe_ds.codecs import Codecs, LinkCodecs
 from planmoe_ds.config import parse_config
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import connect
 from planmoe_ds.layer import ExpertParallelLayer
-from planmoe_ds.pipeline import Codecs
 from planmoe_ds.plan import Routes
 from planmoe_ds.planner import MEASURED, WARM_UP, CallOrders
 from planmoe_ds.recorder import Recorder
 from planmoe_ds.scheduling import ChunkCosts, Kind, Schedule, Task, layer_graph, timetable
-from planmoe_ds.wire import LinkCodecs
 
 SCHEDULERS = ("sequential", "pipelined", "optimal")
 UNPIPELINED = "one chunk (unpipelined)"

@@ -82,9 +82,14 @@ def make_comm(
 
 
 def make_compressor(name: str) -> Compressor:
-    """The codec `name`; ValueError for an unknown one, listing all."""
-    plugin = PLUGINS.compressors.find(name)
-    return _C.make_compressor(name) if plugin is None else plugin()
+    """The codec `name`, or `name:setting`; ValueError for an unknown one, listing all, and for a bad setting."""
+    base, colon, _ = name.partition(":")
+    plugin = PLUGINS.compressors.find(base)
+    if plugin is None:
+        return _C.make_compressor(name)
+    if colon:
+        raise ValueError(f"compressor '{base}' takes no setting, got '{name}'")
+    return plugin()
 
 
 def make_scheduler(name: str) -> AbstractScheduler:

@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from planmoe_ds import __version__
+from planmoe_ds.codecs import Codecs
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.experts import Experts
 from planmoe_ds.group import ExpertGroup
-from planmoe_ds.pipeline import Codecs, LayerCall, run_experts
-from planmoe_ds.plan import Header, PlanRequest, Routes, build_plan
+from planmoe_ds.guard import Meter, QualityGuard
+from planmoe_ds.headers import PLAN_PHASE, Header, digest, dtype_code, phase_now
+from planmoe_ds.pipeline import LayerCall, run_experts
+from planmoe_ds.plan import PlanRequest, Routes, RoutingPlan, build_plan
 from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, order_rows
@@ -33,7 +37,9 @@ class ExpertParallelLayer:
     codecs: Codecs
     recorder: Recorder
     place_of_source: tuple[int, ...] | None = None
+    guard: QualityGuard | None = None  # its codecs are in force, where there is one
     _leaves_checked: bool = field(default=False, init=False)
+    _num_calls: int = field(default=0, init=False)
     _planner: LayerPlanner = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +70,7 @@ class ExpertParallelLayer:
 
     def _run(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts, order: RowOrder | None) -> torch.Tensor:
         columns = token_columns(routes.expert_KT, routes.weight_KT, routes.num_experts, order)
-        header = Header(self.index, tokens_TH.shape[1], tokens_TH.element_size(), routes.expert_KT.shape[0])
+        header = self._header(tokens_TH, routes)
         request = PlanRequest(
             num_chunks=self.num_chunks,
             chunk_by=self.config.chunk_by,
@@ -73,18 +79,50 @@ class ExpertParallelLayer:
             padded_capacity=routes.capacity if self._recreates_padding else None,
             row_order=order,
             place_of_source=self.place_of_source,
+            notes=self._notes(tokens_TH),
         )
         label = Label("plan", self.index, -1, "forward")
-        plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
+        with self.group.working(label.describe(), PLAN_PHASE):
+            plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
         keep_graph = torch.is_grad_enabled()
+        codecs, meter = self._agreed_codecs(plan, tokens_TH.dtype, keep_graph)
         check_leaves = keep_graph and not self._leaves_checked
         call = LayerCall(
-            plan, columns, tokens_TH.shape[1], tokens_TH.dtype, experts, self.group, self.codecs, self.recorder,
-            self.index, order, keep_graph, check_leaves, self._planner.next_call(),
+            plan, columns, tokens_TH.shape[1], tokens_TH.dtype, experts, self.group, codecs, self.recorder,
+            self.index, order, keep_graph, check_leaves, self._planner.next_call(), meter,
         )  # fmt: skip
         result = run_experts(tokens_TH.contiguous(), routes.weight_KT, call)
         self._leaves_checked |= check_leaves
         return result
+
+    def _header(self, tokens_TH: torch.Tensor, routes: Routes) -> Header:
+        self._num_calls += 1
+        return Header(
+            layer=self.index,
+            phase=phase_now(),
+            call=self._num_calls - 1,
+            num_chunks=self.num_chunks,
+            hidden_size=tokens_TH.shape[1],
+            dtype=dtype_code(tokens_TH.dtype),
+            routes_per_token=routes.expert_KT.shape[0],
+            num_experts=routes.num_experts,
+            settings=digest(f"{__version__} {self.config.model_dump_json()}"),
+        )
+
+    def _notes(self, tokens_TH: torch.Tensor) -> tuple[int, ...]:
+        """For the other ranks: whether tokens must travel raw, for want of a codec that fits, and codecs' errors."""
+        codecs = self.codecs if self.guard is None else self.guard.codecs
+        raw = 0 if codecs.dispatch.fit(tokens_TH) else 1
+        return (raw,) if self.guard is None else (raw, *self.guard.notes())
+
+    def _agreed_codecs(self, plan: RoutingPlan, dtype: torch.dtype, trains: bool) -> tuple[Codecs, Meter | None]:
+        """The codecs of a call, the same on all ranks of the group; with a meter if they are to be measured."""
+        raw, *errors = plan.notes
+        codecs, meter = self.codecs, None
+        if self.guard is not None:
+            codecs = self.guard.follow(errors, dtype, speaks=self.group.rank == 0)
+            meter = self.guard.next_step() if trains else None
+        return codecs.with_raw_tokens() if raw else codecs, meter
 
     @property
     def num_chunks(self) -> int:

@@ -13,26 +13,21 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
+from planmoe_ds.backend import Compressor
+from planmoe_ds.codecs import Codecs
 from planmoe_ds.executor import Order, Steps, run_tasks
 from planmoe_ds.experts import Experts, check_no_foreign_leaves
 from planmoe_ds.gradients import ExpertGraph, Totals, linear_calls, splittable, used_once
 from planmoe_ds.group import ExpertGroup, SidedArrival, Sides
+from planmoe_ds.guard import Meter
+from planmoe_ds.headers import pass_phase
 from planmoe_ds.plan import ChunkPlan, RoutingPlan
 from planmoe_ds.planner import CallOrders
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder
 from planmoe_ds.scheduling import Kind
 from planmoe_ds.trace import Phase
-from planmoe_ds.wire import Launch, LinkCodecs, Spreads, TokenColumns, Wire
-
-
-@dataclass(frozen=True)
-class Codecs:
-    """The compressors of each direction."""
-
-    dispatch: LinkCodecs
-    combine: LinkCodecs
-    gradients: LinkCodecs
+from planmoe_ds.wire import Launch, Spreads, TokenColumns, Wire
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,7 @@ class LayerCall:
     keep_graph: bool  # a backward will follow
     check_leaves: bool
     orders: CallOrders
+    meter: Meter | None = None  # measures the codecs
 
     @property
     def returns_rows(self) -> bool:
@@ -63,9 +59,17 @@ class LayerCall:
         """N; 0 where outputs travel back as sums."""
         return 0 if self.order is None else self.order.token_N.shape[0]
 
-    def wire(self, codecs: LinkCodecs, dtype: torch.dtype) -> Wire:
-        """Encoding of rows of `dtype`."""
-        return Wire(self.group, self.plan, codecs, self.hidden, dtype)
+    def wire(self, direction: str, dtype: torch.dtype) -> Wire:
+        """Encoding of rows of `dtype` on their way in a direction of Codecs."""
+        codecs = getattr(self.codecs, direction)
+        meter = self.meter
+        if meter is None:
+            return Wire(self.group, self.plan, codecs, self.hidden, dtype)
+
+        def measure(link: str, codec: Compressor, rows: torch.Tensor) -> None:
+            meter.measure((direction, link), codec, rows)
+
+        return Wire(self.group, self.plan, codecs, self.hidden, dtype, measure)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,9 @@ class Pass:
             },
             wait={Kind.DECODE: self._wait_for_dispatch, Kind.COLLECT: self._wait_for_combine},
         )
-        run_tasks(order, steps, self.phase, self.call.orders.measurement)
+        call = self.call
+        with call.group.working(f"layer {call.layer} {self.phase}", pass_phase(call.layer, self.phase)):
+            run_tasks(order, steps, self.phase, call.orders.measurement)
 
     def encode(self, chunk: ChunkPlan) -> Launch:
         """Pack what goes out."""
@@ -168,7 +174,7 @@ class Pass:
         exchange = self.arrivals[index].exchange
         if exchange is None:
             return
-        self.call.recorder.wait(exchange, Label(name, self.call.layer, index, self.phase))
+        self.call.recorder.wait(exchange, Label(name, self.call.layer, index, self.phase), self.call.group)
         if self.call.orders.measurement is not None:
             self.call.orders.measurement.add_exchange(self.phase, kind, index, exchange)
 
@@ -183,9 +189,7 @@ class ForwardPass(Pass):
     ) -> None:
         super().__init__(call, parameters, graphs)
         self.tokens = tokens
-        self.out, self.back = (
-            call.wire(codecs, tokens.dtype) for codecs in (call.codecs.dispatch, call.codecs.combine)
-        )
+        self.out, self.back = (call.wire(direction, tokens.dtype) for direction in ("dispatch", "combine"))
         self.outputs: torch.Tensor | None = None
         self.totals = None if call.returns_rows else torch.zeros_like(tokens, dtype=self.back.wide_dtype)
         self.spreads: dict[int, Spreads] = {}
@@ -241,7 +245,7 @@ class ForwardPass(Pass):
         if self.outputs is None:
             self.outputs = results.new_empty((self.call.num_rows, self.call.hidden))
         if self.call.returns_rows:
-            return self.call.wire(self.call.codecs.combine, results.dtype).send_rows_back(chunk, results)
+            return self.call.wire("combine", results.dtype).send_rows_back(chunk, results)
         weighted = not self.call.experts.takes_weights
         return self.back.send_sums(chunk, results.to(self.back.dtype), spreads, weighted=weighted)
 
@@ -278,7 +282,7 @@ class BackwardPass(Pass):
     ) -> None:
         super().__init__(call, parameters, graphs)
         self.grad = grad
-        self.out, self.back = (call.wire(call.codecs.gradients, dtype) for dtype in (grad.dtype, call.dtype))
+        self.out, self.back = (call.wire("gradients", dtype) for dtype in (grad.dtype, call.dtype))
         self.keep = torch._C._autograd._get_current_graph_task_keep_graph()
         self.totals: Totals = [None] * len(parameters)
         self.top_k = call.columns.top_k

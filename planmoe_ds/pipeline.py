@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from planmoe_ds.passes import BackwardPass, ChunkGraph, Codecs, ForwardPass, LayerCall
+from planmoe_ds.passes import BackwardPass, ChunkGraph, ForwardPass, LayerCall
 
-__all__ = ["Codecs", "LayerCall", "run_experts"]
+__all__ = ["LayerCall", "run_experts"]
 
 
 class _Pipeline(torch.autograd.Function):

@@ -7,14 +7,14 @@ C capacity (slots per expert and source rank). Near ranks are on this rank's nod
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 
 from planmoe_ds.backend import Itinerary, RowRoutes, TokenOrder, order_tokens
 from planmoe_ds.config import ChunkBy
-from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.group import ExpertGroup
+from planmoe_ds.headers import Header, check_headers, check_launches
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, RowTrip, plan_row_trip
 
@@ -99,6 +99,7 @@ class RoutingPlan:
     chunks: tuple[ChunkPlan, ...]
     first_expert: int  # of this rank
     experts_per_rank: int
+    notes: tuple[int, ...]  # the largest of what the ranks of the group noted, by place
 
     def routes(self, chunk: ChunkPlan, offset: int, top_k: int, id_bytes: int) -> RowRoutes:
         """How rows say which experts want them, with K expert numbers from column `offset` on."""
@@ -113,16 +114,6 @@ class RoutingPlan:
         )
 
 
-@dataclass(frozen=True)
-class Header:
-    """What the ranks of a group must have in common for one layer call; travels with the counts."""
-
-    layer: int
-    hidden_size: int
-    bytes_per_value: int
-    routes_per_token: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
     """What a plan is made from, besides the routes. row_bytes: of one token on the wire between nodes."""
@@ -134,6 +125,7 @@ class PlanRequest:
     padded_capacity: int | None  # slots per expert and source rank to re-create in the buffer; None: ragged
     row_order: RowOrder | None  # set: expert outputs travel back row by row
     place_of_source: tuple[int, ...] | None = None  # of each source's rows among those for an expert; None: by rank
+    notes: tuple[int, ...] = ()  # numbers to tell the other ranks; as many on every rank
 
 
 def build_plan(
@@ -161,12 +153,12 @@ def build_plan(
         rows_per_piece=max(1, PIECE_BYTES // request.row_bytes),
     )
     sent = _counts(order, group.size, comm.passes_on)
-    received = _exchange_counts(sent, request.header, group, expert_KT.device, recorder, label)
+    received, notes = _exchange_counts(sent, request, group, expert_KT.device, recorder, label)
     experts_per_rank = num_experts // group.size
     chunks = [
         _plan_chunk(chunk, order, received, group, request, expert_KT.device) for chunk in range(request.num_chunks)
     ]
-    return RoutingPlan(tuple(chunks), group.rank * experts_per_rank, experts_per_rank)
+    return RoutingPlan(tuple(chunks), group.rank * experts_per_rank, experts_per_rank, notes)
 
 
 @dataclass(frozen=True)
@@ -207,38 +199,28 @@ def _counts(order: TokenOrder, num_ranks: int, passes_on: bool) -> _Counts:
 
 
 def _exchange_counts(
-    sent: _Counts, header: Header, group: ExpertGroup, device: torch.device, recorder: Recorder, label: Label
-) -> _Counts:
-    launches = torch.tensor(group.launch_digests()).unsqueeze(1)  # as every peer should have them of this rank
-    mine = torch.cat([launches, torch.tensor([astuple(header)]).expand(group.size, -1)], dim=1)
-    message = torch.cat([mine, sent.pack()], dim=1)
+    sent: _Counts, request: PlanRequest, group: ExpertGroup, device: torch.device, recorder: Recorder, label: Label
+) -> tuple[_Counts, tuple[int, ...]]:
+    """Every peer's counts for this rank, and the largest of everybody's notes."""
+    header, launches = request.header.pack(), torch.tensor(group.launch_digests())  # as every peer should have them
+    shared = torch.cat([header, torch.tensor(request.notes, dtype=torch.int64)]).expand(group.size, -1)
+    counts = sent.pack()
+    filler = counts.new_zeros((group.size, group.counts_filler(counts.shape[1])))
+    message = torch.cat([launches.unsqueeze(1), shared, counts, filler], dim=1)
     ones = [1] * group.size
     arrival = group.exchange(message.to(device), ones, ones)
-    if arrival.exchange is not None:
-        recorder.wait(arrival.exchange, label)
-    received = arrival.rows.cpu()  # the one host copy of a layer call
-    _check_headers(received[:, 1 : mine.shape[1]].tolist(), header, group)
-    _check_launches(received[:, :1], launches, header.layer, group)
-    return sent.unpack(received[:, mine.shape[1] :])
-
-
-def _check_headers(received: list[list[int]], mine: Header, group: ExpertGroup) -> None:
-    headers = [Header(*values) for values in received]
-    for name in (field.name for field in fields(Header)):
-        values = [getattr(header, name) for header in headers]
-        if any(value != getattr(mine, name) for value in values):
-            who = ", ".join(f"rank {rank}: {value}" for rank, value in zip(group.global_ranks, values, strict=True))
-            raise PlanMoEMismatchError(f"ranks of one expert-parallel group disagree on {name}: {who}")
-
-
-def _check_launches(received: torch.Tensor, mine: torch.Tensor, layer: int, group: ExpertGroup) -> None:
-    differing = [group.global_ranks[place] for place in (received != mine).any(1).nonzero().flatten().tolist()]
-    if differing:
-        raise PlanMoEMismatchError(
-            f"before layer {layer}, rank {group.global_ranks[group.rank]} launched the exchanges that it shares with "
-            f"ranks {differing} in another order than they did: two in flight could wait for each other for ever. "
-            "Every rank must call the same layers in the same order"
-        )
+    if arrival.exchange is None:
+        received = arrival.rows.cpu()
+    else:
+        recorder.wait(arrival.exchange, label, group)
+        with group.waiting(arrival.exchange, label.describe()):  # here the host waits for accelerators
+            received = arrival.rows.cpu()  # the one host copy of a layer call
+    first_note = 1 + len(header)
+    first_count = first_note + len(request.notes)
+    check_headers(received[:, 1:first_note].tolist(), request.header, group.global_ranks)
+    check_launches(received[:, :1], launches.unsqueeze(1), request.header.layer, group.global_ranks, group.rank)
+    notes = tuple(received[:, first_note:first_count].amax(0).tolist())
+    return sent.unpack(received[:, first_count:]), notes
 
 
 def _plan_chunk(

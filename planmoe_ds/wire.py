@@ -28,6 +28,8 @@ from planmoe_ds.backend import (
     spread_rows,
     unpack_add,
 )
+from planmoe_ds.codecs import LinkCodecs
+from planmoe_ds.compression import NONE
 from planmoe_ds.group import ExpertGroup, SidedArrival, SideRows, Sides
 from planmoe_ds.plan import ChunkPlan, RoutingPlan, SidePlan
 from planmoe_ds.rows import RowOrder
@@ -35,25 +37,6 @@ from planmoe_ds.rows import RowOrder
 Launch = Callable[[], SidedArrival]  # starts an exchange of rows that are packed already
 _MOST_SHORT_IDS = 1 << 15
 _NO_ROUTES = RowRoutes()  # ranks that pass rows on know them from the tokens' way out
-
-
-@dataclass(frozen=True)
-class LinkCodecs:
-    """The compressor of each kind of link, for one direction.
-
-    near: to the ranks of this node; far: between nodes; inner: sums on their way to the rank that adds up its node's
-    before they go on.
-    """
-
-    near: Compressor
-    far: Compressor
-    inner: Compressor
-
-    @classmethod
-    def everywhere(cls, name: str) -> LinkCodecs:
-        """One codec for both kinds of links; what is summed up on the way is encoded once, where it is complete."""
-        codec = make_compressor(name)
-        return cls(codec, codec, make_compressor("none"))
 
 
 @dataclass(frozen=True)
@@ -111,16 +94,21 @@ class Spreads:
 
 @dataclass(frozen=True)
 class Wire:
-    """One direction's encoding of a layer call's rows: H values of `dtype`."""
+    """One direction's encoding of a layer call's rows: H values of `dtype`.
+
+    measure: called with the link ("near", "far", "inner"), its codec and the rows that it encodes, if quality is asked.
+    """
 
     group: ExpertGroup
     plan: RoutingPlan
     codecs: LinkCodecs
     hidden: int
     dtype: torch.dtype
+    measure: Callable[[str, Compressor, torch.Tensor], None] | None = None
 
     def send_tokens(self, chunk: ChunkPlan, tokens: torch.Tensor, columns: TokenColumns | None) -> Launch:
         """Pack a chunk's tokens [T, H] to be sent; without columns they go where the last ones with columns went."""
+        self._measure_rows(tokens, chunk.near.token, chunk.far.token)
         send = Sides(
             self._token_rows(chunk.near, tokens, columns, self.codecs.near),
             self._token_rows(chunk.far, tokens, columns, self.codecs.far),
@@ -172,6 +160,7 @@ class Wire:
     ) -> Launch:
         """Pack the sums of each arrived row's expert outputs [rows, H] for their way back, with `extra` columns."""
         inner = self.codecs.inner if self.group.comm.passes_on else self.codecs.far
+        self._measure_sums(chunk, rows, spreads, weighted)
         send = Sides(
             self._sum_rows(
                 chunk.near, rows, spreads.near, weighted, self.codecs.near, None if extra is None else extra.near
@@ -199,6 +188,7 @@ class Wire:
         """Pack a chunk's rows, one per route, for their way to the experts."""
         assert chunk.rows is not None
         near, far = chunk.rows.near, chunk.rows.far
+        self._measure_rows(rows_NH, near.row, far.row)
         send = Sides(self.codecs.near.encode(rows_NH, near.row), self.codecs.far.encode(rows_NH, far.row))
         sent, received = SideRows(near.sent, far.sent), SideRows(near.received, far.received)
         return partial(self.group.exchange_sides, send, sent, received)
@@ -215,6 +205,7 @@ class Wire:
         """Pack the experts' outputs [rows, H] for their way back, one row per route, each with its `extra` number."""
         assert chunk.rows is not None
         near, far = chunk.rows.near, chunk.rows.far
+        self._measure_rows(rows, near.buffer_row, far.buffer_row)
         send = Sides(self.codecs.near.encode(rows, near.buffer_row), self.codecs.far.encode(rows, far.buffer_row))
         if extra is not None:
             numbers = (_bytes(extra[side.buffer_row].unsqueeze(1)) for side in (near, far))
@@ -244,6 +235,26 @@ class Wire:
     def token_width(self, columns: TokenColumns) -> int:
         """Bytes of a token between nodes."""
         return self._values_width(self.codecs.far) + columns.width
+
+    def _measure_rows(self, rows: torch.Tensor, near: torch.Tensor, far: torch.Tensor) -> None:
+        if self.measure is not None:
+            self.measure("near", self.codecs.near, rows.index_select(0, near))
+            self.measure("far", self.codecs.far, rows.index_select(0, far))
+
+    def _measure_sums(self, chunk: ChunkPlan, rows: torch.Tensor, spreads: Spreads, weighted: bool) -> None:
+        if self.measure is None:
+            return
+        self.measure("near", self.codecs.near, self._exact_sums(chunk.near, rows, spreads.near, weighted))
+        far = self._exact_sums(chunk.far, rows, spreads.far, weighted)
+        self.measure("far", self.codecs.far, far)
+        if self.group.comm.passes_on:
+            self.measure("inner", self.codecs.inner, far)
+
+    def _exact_sums(self, side: SidePlan, rows: torch.Tensor, spread: Spread, weighted: bool) -> torch.Tensor:
+        """What _sum_rows encodes, [rows, H]."""
+        sums = torch.empty((side.num_received, self.hidden), dtype=rows.dtype, device=rows.device)
+        fold_rows(make_compressor(NONE), rows, spread, weighted, sums.view(torch.uint8))
+        return sums
 
     def _values_width(self, codec: Compressor) -> int:
         return aligned(codec.row_bytes(self.hidden, self.dtype))

@@ -23,18 +23,21 @@ from deepspeed.utils.bwc import (
 )
 from torch import nn
 
+from planmoe_ds import __version__
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
 from planmoe_ds.choose import LayerTraffic
-from planmoe_ds.config import AUTO, PlanMoEConfig, find_section, parse_config
+from planmoe_ds.choose_codecs import CodecChoice, resolve_compression
+from planmoe_ds.codecs import make_codecs
+from planmoe_ds.compression import AUTO
+from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup, connect
+from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer, combine
-from planmoe_ds.pipeline import Codecs
 from planmoe_ds.plan import Routes
 from planmoe_ds.recorder import Recorder
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_rows
-from planmoe_ds.wire import LinkCodecs
 
 SECTION = "planmoe"
 NOMINAL_TOKENS = 4096  # tokens per rank and layer call that all-to-alls are compared for
@@ -160,6 +163,7 @@ def _settings(config: PlanMoEConfig, param_dict: Mapping[str, Any], model: nn.Mo
         return settings
     settings |= {f"{SECTION}.{key}": str(value) for key, value in config.model_dump(mode="json").items()}
     settings[ENABLED] = str(config.enabled)
+    settings["planmoe's version"] = __version__
     for path in SHARED_SETTINGS:
         value: Any = param_dict
         for key in path.split("."):
@@ -172,7 +176,8 @@ def _settings(config: PlanMoEConfig, param_dict: Mapping[str, Any], model: nn.Mo
         gate = layer.gate
         settings[f"MoE layer {number}{where}"] = (
             f"{layer.ep_size * layer.num_local_experts} experts, expert-parallel size {layer.ep_size}, hidden size "
-            f"{gate.wg.weight.shape[1]}, top-{gate.k}, drop_tokens {gate.drop_tokens}"
+            f"{gate.wg.weight.shape[1]}, top-{gate.k}, drop_tokens {gate.drop_tokens}, capacity factor "
+            f"{gate.capacity_factor} (evaluation {gate.eval_capacity_factor}, at least {gate.min_capacity})"
         )
     return settings
 
@@ -191,19 +196,40 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
     tensor_parallel_size = bwc_tensor_model_parallel_world_size(groups.mpu)
     if tensor_parallel_size > 1:
         my_groups["tensor parallel"] = list(dist.get_process_group_ranks(bwc_tensor_model_parallel_group(groups.mpu)))
-    traffic = {layer.ep_group_name: _traffic(layer) for layer in layers}
+    by_size = sorted(layers, key=lambda layer: layer.num_local_experts)
+    traffic = {layer.ep_group_name: _traffic(layer) for layer in by_size}  # of the layer with most experts
     connected = connect(my_groups, config, device, traffic)
     recorder = Recorder(device)
-    codecs = Codecs(**{key: LinkCodecs.everywhere(name) for key, name in config.compression.model_dump().items()})
+    compression = _compression(layers, config, connected, traffic, device)
     for index, layer in enumerate(layers):
+        chosen = compression[layer.ep_group_name].compression
         layer.__class__ = PlanMoELayer
         layer.planmoe = ExpertParallelLayer(
-            index=index, config=config, group=connected[layer.ep_group_name], codecs=codecs, recorder=recorder
+            index=index,
+            config=config,
+            group=connected[layer.ep_group_name],
+            codecs=make_codecs(chosen),
+            recorder=recorder,
+            guard=None if config.guard is None else QualityGuard(config.guard, chosen, index, recorder),
         )
         layer.tensor_parallel = _split(connected, tensor_parallel_size)
     if dist.get_rank() == 0:
-        print(_announcement(layers, config, connected), file=sys.stderr, flush=True)
+        print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
     return Session(config, len(layers), recorder)
+
+
+def _compression(
+    layers: list[MOELayer],
+    config: PlanMoEConfig,
+    connected: dict[str, ExpertGroup],
+    traffic: dict[str, LayerTraffic],
+    device: torch.device,
+) -> dict[str, CodecChoice]:
+    """The codecs by group."""
+    if not layers:
+        return {}
+    weight = next(layers[0].experts.parameters())
+    return resolve_compression(config, connected, traffic, (layers[0].gate.wg.weight.shape[1], weight.dtype, device))
 
 
 def _traffic(layer: MOELayer) -> LayerTraffic:
@@ -228,11 +254,15 @@ def _split(connected: dict[str, ExpertGroup], size: int) -> TensorParallelSplit 
     return TensorParallelSplit(bwc_tensor_model_parallel_rank(groups.mpu), size, connected["tensor parallel"])
 
 
-def _announcement(layers: list[MOELayer], config: PlanMoEConfig, connected: dict[str, ExpertGroup]) -> str:
+def _announcement(
+    layers: list[MOELayer],
+    config: PlanMoEConfig,
+    connected: dict[str, ExpertGroup],
+    compression: dict[str, CodecChoice],
+) -> str:
     if not layers:
         return "planmoe: on, but the model has no deepspeed.moe.layer.MoE: nothing to do"
-    codecs = config.compression.model_dump()
-    names = ", ".join(f"{key} {name}" for key, name in codecs.items())
+    names = " and ".join(sorted({choice.reason for choice in compression.values()}))
     sizes = sorted({layer.ep_size for layer in layers})
     choices = [connected[layer.ep_group_name].choice for layer in layers]
     comm = " and ".join(sorted({choice.name if config.comm != AUTO else choice.reason for choice in choices}))

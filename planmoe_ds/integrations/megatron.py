@@ -25,16 +25,18 @@ from torch import nn
 
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
 from planmoe_ds.choose import LayerTraffic
-from planmoe_ds.config import AUTO, Exactness, PlanMoEConfig, parse_config
+from planmoe_ds.choose_codecs import CodecChoice, resolve_compression
+from planmoe_ds.codecs import make_codecs
+from planmoe_ds.compression import AUTO
+from planmoe_ds.config import Exactness, PlanMoEConfig, parse_config
 from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError
 from planmoe_ds.group import ExpertGroup, connect
+from planmoe_ds.guard import QualityGuard
 from planmoe_ds.integrations.megatron_limits import check_supported
 from planmoe_ds.layer import ExpertParallelLayer
-from planmoe_ds.pipeline import Codecs
 from planmoe_ds.plan import NO_ROUTE, ExpertLayout, Routes
 from planmoe_ds.recorder import Recorder
 from planmoe_ds.sharded_experts import forward_sharded
-from planmoe_ds.wire import LinkCodecs
 
 NOMINAL_TOKENS = 4096  # tokens per rank and layer call that all-to-alls are compared for
 
@@ -255,11 +257,14 @@ def _activate_layers(layers: list[MoELayer], config: PlanMoEConfig) -> Session:
     traffic = {names[id(layer)]: _traffic(layer) for layer in layers}
     connected = connect(my_groups, config, device, traffic)
     recorder = Recorder(device)
-    codecs = Codecs(**{key: LinkCodecs.everywhere(name) for key, name in config.compression.model_dump().items()})
+    compression = _compression(layers, config, connected, traffic, device)
     for index, layer in enumerate(layers):
         dispatcher = layer.token_dispatcher
+        chosen = compression[names[id(layer)]].compression
         dispatcher.planmoe = ExpertParallelLayer(
-            index=index, config=config, group=connected[names[id(layer)]], codecs=codecs, recorder=recorder,
+            index=index, config=config, group=connected[names[id(layer)]], codecs=make_codecs(chosen),
+            recorder=recorder,
+            guard=None if config.guard is None else QualityGuard(config.guard, chosen, index, recorder),
             place_of_source=_place_of_source(dispatcher.ep_size, dispatcher.tp_size),
         )  # fmt: skip
         dispatcher.__class__ = PlanMoEDispatcher
@@ -269,7 +274,7 @@ def _activate_layers(layers: list[MoELayer], config: PlanMoEConfig) -> Session:
     if not any(totals):
         raise PlanMoEConfigError("planmoe is on, but the model has no MoE layer: give --num-experts, or leave it off")
     if dist.get_rank() == totals.index(max(totals)):
-        print(_announcement(layers, config, connected), file=sys.stderr, flush=True)
+        print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
     return Session(config, len(layers), recorder)
 
 
@@ -292,9 +297,27 @@ def _traffic(layer: MoELayer) -> LayerTraffic:
     )
 
 
-def _announcement(layers: list[MoELayer], config: PlanMoEConfig, connected: dict[str, ExpertGroup]) -> str:
+def _compression(
+    layers: list[MoELayer],
+    config: PlanMoEConfig,
+    connected: dict[str, ExpertGroup],
+    traffic: dict[str, LayerTraffic],
+    device: torch.device,
+) -> dict[str, CodecChoice]:
+    """The codecs by group."""
+    dtype = next(layers[0].experts.parameters()).dtype if layers else torch.float32
+    hidden = layers[0].config.hidden_size if layers else 1
+    return resolve_compression(config, connected, traffic, (hidden, dtype, device))
+
+
+def _announcement(
+    layers: list[MoELayer],
+    config: PlanMoEConfig,
+    connected: dict[str, ExpertGroup],
+    compression: dict[str, CodecChoice],
+) -> str:
     comm = sorted({group.choice.name if config.comm != AUTO else group.choice.reason for group in connected.values()})
-    codecs = ", ".join(f"{key} {name}" for key, name in config.compression.model_dump().items())
+    codecs = " and ".join(sorted({choice.reason for choice in compression.values()}))
     dispatcher = layers[0].token_dispatcher
     return (
         f"planmoe: active on {len(layers)} MoE layers of this pipeline stage: all-to-all {' and '.join(comm)}, "

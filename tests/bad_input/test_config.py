@@ -52,6 +52,8 @@ BAD_VALUES = [
     ("compression", True, CODECS),
     ("compression", None, CODECS),
     ("compression", ["int8"], CODECS),
+    ("guard", True, ()),
+    ("guard", 100, ()),
     ("exactness", "exakt", EXACTNESSES),
     ("exactness", "lossless", EXACTNESSES),
     ("exactness", 1, EXACTNESSES),
@@ -101,12 +103,21 @@ MISSPELT = {
     "chunk-by": "chunk_by",
     "compresion": "compression",
     "compressor": "compression",
+    "gard": "guard",
     "exactnes": "exactness",
     "rank_per_node": "ranks_per_node",
     "timeout": "timeout_seconds",
     "timeout_second": "timeout_seconds",
 }
-MISSPELT_DIRECTIONS = {"dispach": "dispatch", "combined": "combine", "gradient": "gradients", "grads": "gradients"}
+MISSPELT_DIRECTIONS = {
+    "dispach": "dispatch",
+    "combined": "combine",
+    "gradient": "gradients",
+    "grads": "gradients",
+    "internode": "inter",
+    "intra_node": "intra",
+    "sum": "sums",
+}
 
 
 def refusal(section: object) -> str:

@@ -14,7 +14,8 @@ from planmoe_ds.backend import RowRoutes, TokenOrder, find_experts, order_tokens
 from planmoe_ds.config import ChunkBy, parse_config
 from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.group import connect
-from planmoe_ds.plan import NO_ROUTE, Header, PlanRequest, _lay_out, build_plan
+from planmoe_ds.headers import Header
+from planmoe_ds.plan import NO_ROUTE, PlanRequest, _lay_out, build_plan
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.topology import Topology
 from tests.harness.ranks import RankPool
@@ -298,8 +299,8 @@ def launch_in_order(orders: list[str]) -> str:
         assert arrival.exchange is not None
         arrival.exchange.wait()
     request = PlanRequest(
-        num_chunks=1, chunk_by=ChunkBy.TOKEN, header=Header(7, 4, 4, 1), row_bytes=16, padded_capacity=None,
-        row_order=None,
+        num_chunks=1, chunk_by=ChunkBy.TOKEN, row_bytes=16, padded_capacity=None, row_order=None,
+        header=Header(layer=7, hidden_size=4, routes_per_token=1, num_experts=3),
     )  # fmt: skip
     label = Label("plan", 7, -1, "forward")
     try:
