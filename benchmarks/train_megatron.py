@@ -1,6 +1,6 @@
 """Step time of a small GPT-MoE with megatron.core: stock alltoall against planmoe on an emulated 2-node cluster.
 
-    python benchmarks/train_megatron.py [--quick] [--json FILE] [--inter 100mbit --intra 1gbit …]
+    python benchmarks/train_megatron.py [--quick] [--json FILE] [--inter 60mbit --intra 300mbit …]
 
 Every variant is a model of its own over the same ranks; step after step each takes its turn, so that noise hits all
 alike. "compute alone" is stock with its all-to-alls left out: the bound that no dispatch can beat, and what says how
@@ -51,8 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps: about a minute on 2 cores")
     parser.add_argument("--json", type=Path, help="write configuration and rows there")
-    parser.add_argument("--inter", default="200mbit", help="rate of a node's card")
-    parser.add_argument("--intra", default="1gbit", help="rate inside a node")
+    parser.add_argument("--inter", default="60mbit", help="rate of a node's card")
+    parser.add_argument("--intra", default="300mbit", help="rate inside a node")
     for name, default in {
         "steps": 12, "chunks": 2, "layers": 2, "hidden-size": 128, "ffn-size": 128, "experts": 64, "batch-size": 4,
         "sequence-length": 96, "ranks-per-node": 2,
