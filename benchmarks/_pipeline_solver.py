@@ -30,7 +30,7 @@ def random_instance(rng: random.Random, num_chunks: int, *, backward: bool) -> T
     """Unequal chunks: every task's cost is drawn apart, three resources about equally busy on average."""
 
     def draw(scale: float) -> float:
-        return scale * rng.uniform(0.1, 1.0)  # noqa: S311
+        return scale * rng.uniform(0.1, 1.0)
 
     return layer_graph(
         [
@@ -51,7 +51,7 @@ def random_instance(rng: random.Random, num_chunks: int, *, backward: bool) -> T
 
 def measure_solver(name: str, num_chunks: int, count: int, *, backward: bool) -> SolverRow:
     """Solve `count` instances as the scheduler `optimal` does."""
-    rng = random.Random(f"{name} {num_chunks}")
+    rng = random.Random(f"{name} {num_chunks}")  # noqa: S311
     limit = SECONDS_FOR_FEW if num_chunks <= 8 else SECONDS_FOR_MANY
     milliseconds, gaps, gains, optimal = [], [], [], 0
     for _ in range(count):

@@ -1,9 +1,9 @@
-"""The scheduler: its solver against ScheMoE's order, and one layer on an emulated cluster, executed against predicted.
+"""The scheduler: its solver against ScheMoE's order; a layer on an emulated cluster, executed against predicted.
 
     python benchmarks/pipeline.py [--quick] [--json FILE] [--cluster 2x2@400mbit/2gbit] [--part solver]
 
-The layer's experts sleep for as long as they would compute, so that the ranks' cores stay free: what is measured is what
-overlaps. They sleep as long as the exchanges take, a third each for forward, input gradients and weight gradients.
+The layer's experts sleep for as long as they would compute, so that the ranks' cores stay free: what is measured is
+what overlaps. They sleep as long as the exchanges take, a third each for forward, input gradients and weight gradients.
 `one chunk` is the layer without pipelining; the schedulers cut it into `--chunks`. `predicted` is the schedule's
 makespan at the costs that the layer measured in its first calls, `bound` what no order can beat at these costs.
 Exit code 77: this machine cannot emulate a cluster.
@@ -86,6 +86,7 @@ def main() -> None:
         be_a_rank(arguments)
         return
     from benchmarks._pipeline_layer import print_layer_part
+    from benchmarks._pipeline_overhead import overhead_microseconds
     from benchmarks._pipeline_solver import print_solver_part, run_solver_part
 
     print(f"configuration: {vars(arguments)}; {len(os.sched_getaffinity(0))} cores")
@@ -94,6 +95,8 @@ def main() -> None:
         rows = run_solver_part(arguments.quick)
         found["solver"] = [asdict(row) for row in rows]
         print_solver_part(rows)
+        found["executor_us"] = overhead_microseconds(num_chunks=4)
+        print(f"RESULT executor_us_per_layer_4_chunks={found['executor_us']:.0f}")
     if arguments.part != "solver":
         found["layer"] = measure_on_cluster(arguments)
         print_layer_part(arguments.cluster, found["layer"])

@@ -6,7 +6,7 @@ the same call of the layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -25,12 +25,23 @@ DRIFT = 0.25  # share by which a chunk's time must have changed for a new order
 _UNKNOWN = ChunkCosts(0.0, ExchangeCosts(), 0.0, 0.0, 0.0, ExchangeCosts(), 0.0)
 
 
+@dataclass
+class Patience:
+    """Places of the parameters whose gradients may wait, None until a chunk's graph was looked at.
+
+    Like the check for foreign leaves this takes the experts' graphs to use parameters alike in every call.
+    """
+
+    places: frozenset[int] | None = None
+
+
 @dataclass(frozen=True)
 class CallOrders:
-    """The orders of one layer call, and where its times are kept, if they are taken."""
+    """The orders of one layer call, which weight gradients may wait, and where times are kept, if they are taken."""
 
     forward: Order
     backward: Order
+    patience: Patience = field(default_factory=Patience)
     measurement: Measurement | None = None
 
 
@@ -69,7 +80,7 @@ class LayerPlanner:
         measurement = Measurement(Clock(self._group.comm.device), one_network=one_network)
         self._measurements.append(measurement)
         backward = self._apart if is_first_look else self._orders.backward
-        return CallOrders(self._orders.forward, backward, measurement)
+        return replace(self._orders, backward=backward, measurement=measurement)
 
     def _decide(self) -> None:
         vectors = [self._average(taken.vector(self._num_chunks)) for taken in self._measurements]
@@ -86,7 +97,8 @@ class LayerPlanner:
         if backward is not None:
             graphs.append(self._graph(backward, backward=True))
         orders = [Order(tuple(graph.tasks[place] for place in self._agreed(graph))) for graph in graphs]
-        self._orders = CallOrders(orders[0], orders[1] if backward is not None else self._orders.backward)
+        backward_order = orders[1] if backward is not None else self._orders.backward
+        self._orders = replace(self._orders, forward=orders[0], backward=backward_order)
 
     def _graph(self, costs: list[ChunkCosts] | None, *, backward: bool) -> TaskGraph:
         if costs is None:

@@ -237,6 +237,6 @@ def _announcement(layers: list[MOELayer], config: PlanMoEConfig, connected: dict
     comm = " and ".join(sorted({choice.name if config.comm != AUTO else choice.reason for choice in choices}))
     return (
         f"planmoe: active on {len(layers)} MoE layers: all-to-all {comm}, {config.chunks} chunks by "
-        f"{config.chunk_by.value}, {config.resolved_exactness.value}, compression ({names}), expert-parallel size "
-        f"{', '.join(map(str, sizes))}"
+        f"{config.chunk_by.value}, {config.scheduler} order, {config.resolved_exactness.value}, compression ({names}), "
+        f"expert-parallel size {', '.join(map(str, sizes))}"
     )

@@ -103,6 +103,8 @@ MISSPELT = {
     "compressor": "compression",
     "exactnes": "exactness",
     "rank_per_node": "ranks_per_node",
+    "schedule": "scheduler",
+    "in_flight": "max_in_flight",
     "timeout": "timeout_seconds",
     "timeout_second": "timeout_seconds",
 }
