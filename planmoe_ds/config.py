@@ -78,6 +78,11 @@ class PlanMoEConfig(_Section):
     max_in_flight: int | None = Field(
         None, ge=1, le=16, description="most chunks whose buffers exist at once; by default all of them"
     )
+    plans: str | None = Field(
+        None,
+        min_length=1,
+        description="folder for what the scheduler learnt, read by the next run; by default not kept",
+    )
     compression: CompressionConfig = Field(
         default_factory=CompressionConfig,
         description="wire codec: one name, or one per direction (dispatch, combine, gradients)",

@@ -6,6 +6,7 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank (
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.pipeline import Codecs, LayerCall, run_experts
 from planmoe_ds.plan import Header, PlanRequest, Routes, build_plan
+from planmoe_ds.plan_store import PlanStore
 from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, order_rows
@@ -34,7 +36,12 @@ class ExpertParallelLayer:
 
     def __post_init__(self) -> None:
         config = self.config
-        self._planner = LayerPlanner(config.scheduler, self.group, self.num_chunks, config.max_in_flight)
+        store = None
+        if config.plans is not None:
+            codecs = ", ".join(config.compression.model_dump().values())
+            words = f"{config.comm}, {config.chunks} chunks by {config.chunk_by.value}, codecs {codecs}"
+            store = PlanStore(Path(config.plans), self.index, words)
+        self._planner = LayerPlanner(config.scheduler, self.group, self.num_chunks, config.max_in_flight, store)
 
     def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts) -> torch.Tensor:
         """Tokens [T, H] and the router's decision -> the weighted sum of the experts' outputs, [T, H]."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from planmoe_ds.backend import Clock, make_scheduler
 from planmoe_ds.executor import Measurement, Order, costs_from, mean_chunk
 from planmoe_ds.group import ExpertGroup
+from planmoe_ds.plan_store import PlanStore
 from planmoe_ds.scheduling import AbstractScheduler, ChunkCosts, ExchangeCosts, TaskGraph, layer_graph, timetable
 from planmoe_ds.scheduling.pipelined import PipelinedScheduler
 
@@ -48,8 +49,16 @@ class CallOrders:
 class LayerPlanner:
     """One layer's orders."""
 
-    def __init__(self, scheduler: str, group: ExpertGroup, num_chunks: int, max_in_flight: int | None) -> None:
+    def __init__(
+        self,
+        scheduler: str,
+        group: ExpertGroup,
+        num_chunks: int,
+        max_in_flight: int | None,
+        store: PlanStore | None = None,
+    ) -> None:
         self._scheduler = make_scheduler(scheduler)
+        self._store = store
         self._group = group
         self._num_chunks = num_chunks
         self._max_in_flight = max_in_flight
@@ -69,6 +78,9 @@ class LayerPlanner:
         if not self._learns:
             return self._orders
         number, self._calls = self._calls, self._calls + 1
+        if number == 0 and self._store is not None and self._use(self._store.load(self._group, self._num_chunks)):
+            self._calls = WARM_UP + MEASURED + 1  # there is nothing to learn before drift is looked for
+            return self._orders
         if number >= WARM_UP + MEASURED:
             number = WARM_UP + MEASURED - 1 + (number - WARM_UP - MEASURED) % REPLAN_EVERY + 1
         if number == WARM_UP + MEASURED and self._measurements:
@@ -85,12 +97,18 @@ class LayerPlanner:
     def _decide(self) -> None:
         vectors = [self._average(taken.vector(self._num_chunks)) for taken in self._measurements]
         self._measurements = []
-        forward, backward = costs_from(vectors)
+        costs = torch.stack(vectors).nanmedian(dim=0).values
+        if self._use(costs) and self._store is not None:
+            self._store.save(self._group, costs)
+
+    def _use(self, vector: torch.Tensor | None) -> bool:
+        """Order the tasks anew for these costs; whether that was needed and possible."""
+        forward, backward = (None, None) if vector is None else costs_from([vector])
         if forward is None:
-            return
+            return False
         now = mean_chunk([*forward, *(backward or [])])
         if self._planned_for is not None and abs(now / self._planned_for - 1) <= DRIFT:
-            return
+            return False
         self._planned_for = now
         self.costs = forward, backward
         graphs = [self._graph(forward, backward=False)]
@@ -99,6 +117,7 @@ class LayerPlanner:
         orders = [Order(tuple(graph.tasks[place] for place in self._agreed(graph))) for graph in graphs]
         backward_order = orders[1] if backward is not None else self._orders.backward
         self._orders = replace(self._orders, forward=orders[0], backward=backward_order)
+        return True
 
     def _graph(self, costs: list[ChunkCosts] | None, *, backward: bool) -> TaskGraph:
         if costs is None:
