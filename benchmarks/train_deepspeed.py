@@ -71,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps: under a minute on 2 cores")
     parser.add_argument("--json", type=Path, help="write configuration and rows there")
+    parser.add_argument("--only", help="with --cluster: variants whose names hold one of these words, between slashes")
     parser.add_argument("--cluster", help="emulate a cluster: nodes x ranks @ rate between nodes / inside a node")
     for name, default in {
         "ranks": 4, "steps": 40, "layers": 4, "hidden-size": 96, "experts": 8, "top-k": 2, "batch-size": 8,
@@ -140,13 +141,24 @@ def take_step(engine: Any, tokens: Any, bound: bool) -> float:
     return float(seconds)
 
 
+def chosen_variants(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Stock, the bound, and the variants whose names hold one of the words asked for."""
+    variants = CLUSTER_VARIANTS if arguments.cluster else VARIANTS
+    words = arguments.only.split("/") if arguments.only else [""]
+    return {
+        name: section
+        for name, section in variants.items()
+        if name in (STOCK, BOUND) or any(word in name for word in words)
+    }
+
+
 def measure(arguments: argparse.Namespace) -> list[Row]:
     """Interleave all variants; collective."""
     import torch
 
     from planmoe_ds.planner import MEASURED, WARM_UP
 
-    variants = CLUSTER_VARIANTS if arguments.cluster else VARIANTS
+    variants = chosen_variants(arguments)
     engines = {name: make_engine(arguments, section) for name, section in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     stats: dict[str, list[Any]] = {name: [] for name in variants}
@@ -186,20 +198,14 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 def added_milliseconds(engine: Any) -> float:
     """What the schedules of all layers take beyond the experts' own time; 0 where nothing was learnt."""
     from planmoe_ds.integrations.deepspeed import PlanMoELayer
-    from planmoe_ds.scheduling import Kind, layer_graph, timetable
+    from planmoe_ds.scheduling import Kind
 
     seconds = 0.0
     for layer in engine.module.modules():
         if not isinstance(layer, PlanMoELayer):
             continue
-        planner = layer.planmoe._planner
-        for order, costs in zip((planner._orders.forward, planner._orders.backward), planner.costs, strict=True):
-            if costs is None:
-                continue
-            graph = layer_graph(costs)
-            places = {(task.kind, task.chunk): place for place, task in enumerate(graph.tasks)}
-            schedule = timetable(graph, [places[task.kind, task.chunk] for task in order.tasks])
-            work = [task.legs[0][1] for task in graph.tasks if task.kind in (Kind.EXPERT, Kind.WEIGHTS)]
+        for schedule in layer.planmoe.planner.schedules().values():
+            work = [task.legs[0][1] for task in schedule.graph.tasks if task.kind in (Kind.EXPERT, Kind.WEIGHTS)]
             seconds += schedule.makespan - sum(work)
     return seconds * 1e3
 
@@ -233,7 +239,10 @@ def report_cluster(by_name: dict[str, Row]) -> None:
     """The best variant with the same mathematics, the best with 8-bit codecs, and the bound."""
     ours = {name: row for name, row in by_name.items() if CLUSTER_VARIANTS[name] is not None}
     for label, wanted in (("exact", False), ("8bit", True)):
-        best = min((row for name, row in ours.items() if ("int8" in name) is wanted), key=lambda row: row.milliseconds)
+        rows = [row for name, row in ours.items() if ("int8" in name) is wanted]
+        if not rows:
+            continue
+        best = min(rows, key=lambda row: row.milliseconds)
         print(f"RESULT train_speedup_{label}={1 / best.over_stock:.3f}")
         if best.predicted > by_name[BOUND].milliseconds:
             print(f"RESULT train_executed_over_predicted_{label}={best.milliseconds / best.predicted:.3f}")

@@ -98,6 +98,17 @@ def simulate(model: _ModelFile, cluster: _ClusterFile, lossy: _Lossy = False, js
     raise typer.Exit(run(model, cluster, None, lossy=lossy, as_json=json))
 
 
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="What engine.planmoe.save_trace() wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trace and the pictures.")] = Path("planmoe-trace"),
+) -> None:
+    """Show what ran against what was predicted: a Perfetto trace, pictures, and how close to the bound it came."""
+    from planmoe_ds.execution import run_command
+
+    raise typer.Exit(run_command(file, out))
+
+
 def _counts(text: str) -> int | list[int]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):

@@ -89,6 +89,11 @@ class ExpertParallelLayer:
         return result
 
     @property
+    def planner(self) -> LayerPlanner:
+        """Decides the order of this layer's tasks."""
+        return self._planner
+
+    @property
     def num_chunks(self) -> int:
         """Chunks in force: one where nothing travels."""
         return self.config.chunks if self.group.size > 1 else 1

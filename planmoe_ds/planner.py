@@ -15,8 +15,17 @@ from planmoe_ds.backend import Clock, make_scheduler
 from planmoe_ds.executor import Measurement, Order, costs_from, mean_chunk
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.plan_store import PlanStore
-from planmoe_ds.scheduling import AbstractScheduler, ChunkCosts, ExchangeCosts, TaskGraph, layer_graph, timetable
+from planmoe_ds.scheduling import (
+    AbstractScheduler,
+    ChunkCosts,
+    ExchangeCosts,
+    Schedule,
+    TaskGraph,
+    layer_graph,
+    timetable,
+)
 from planmoe_ds.scheduling.pipelined import PipelinedScheduler
+from planmoe_ds.trace import Phase
 
 WARM_UP = 2  # calls that nothing is learnt from
 MEASURED = 3  # calls that are timed before the order is decided
@@ -93,6 +102,20 @@ class LayerPlanner:
         self._measurements.append(measurement)
         backward = self._apart if is_first_look else self._orders.backward
         return replace(self._orders, backward=backward, measurement=measurement)
+
+    def schedules(self) -> dict[Phase, Schedule]:
+        """The orders in force at the costs that were learnt; empty while nothing was."""
+        found: dict[Phase, Schedule] = {}
+        passes: tuple[tuple[Phase, Order], ...] = (
+            ("forward", self._orders.forward),
+            ("backward", self._orders.backward),
+        )
+        for (phase, order), costs in zip(passes, self.costs, strict=True):
+            if costs is not None:
+                graph = self._graph(costs, backward=phase == "backward")
+                places = {(task.kind, task.chunk): place for place, task in enumerate(graph.tasks)}
+                found[phase] = timetable(graph, [places[task.kind, task.chunk] for task in order.tasks])
+        return found
 
     def _decide(self) -> None:
         vectors = [self._average(taken.vector(self._num_chunks)) for taken in self._measurements]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
 from planmoe_ds.choose import LayerTraffic
 from planmoe_ds.config import AUTO, PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.execution import save_execution
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup, connect
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.pipeline import Codecs
 from planmoe_ds.plan import Routes
+from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Recorder
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_rows
 from planmoe_ds.wire import LinkCodecs
@@ -55,6 +58,12 @@ class Session:
     config: PlanMoEConfig
     num_layers: int
     recorder: Recorder
+    planners: tuple[LayerPlanner, ...] = ()
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write what ran on this rank since recorder.start_trace(), and what was predicted, for `planmoe trace`."""
+        schedules = {index: planner.schedules() for index, planner in enumerate(self.planners)}
+        save_execution(path, self.recorder.stop_trace(), schedules)
 
 
 class PlanMoELayer(MOELayer):  # type: ignore[misc]
@@ -202,7 +211,7 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
         layer.tensor_parallel = _split(connected, tensor_parallel_size)
     if dist.get_rank() == 0:
         print(_announcement(layers, config, connected), file=sys.stderr, flush=True)
-    return Session(config, len(layers), recorder)
+    return Session(config, len(layers), recorder, tuple(layer.planmoe.planner for layer in layers))
 
 
 def _traffic(layer: MOELayer) -> LayerTraffic:
