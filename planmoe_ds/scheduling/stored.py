@@ -34,14 +34,14 @@ class StoredPlan(BaseModel):
         return _read(self.forward), backward
 
 
+def _exchanges(chunk: dict[str, Any]) -> dict[str, Any]:
+    """A chunk's fields with its exchanges as ExchangeCosts."""
+    return {name: ExchangeCosts(**value) if isinstance(value, dict) else value for name, value in chunk.items()}
+
+
 def _read(chunks: tuple[dict[str, Any], ...]) -> list[ChunkCosts]:
     try:
-        found = [
-            ChunkCosts(
-                **{name: ExchangeCosts(**value) if isinstance(value, dict) else value for name, value in chunk.items()}
-            )
-            for chunk in chunks
-        ]
+        found = [ChunkCosts(**_exchanges(chunk)) for chunk in chunks]
         layer_graph(found)
     except TypeError as error:
         raise ValueError(f"not the costs of a chunk: {error}") from None
