@@ -1,4 +1,4 @@
-"""The scheduler: its solver against ScheMoE's order, and one layer on an emulated cluster, executed against predicted.
+"""The scheduler: its solver against ScheMoE's order; a layer on an emulated cluster, executed against predicted.
 
     python benchmarks/pipeline.py [--quick] [--json FILE] [--cluster 2x2@400mbit/2gbit] [--part solver]
 
@@ -86,6 +86,7 @@ def main() -> None:
         be_a_rank(arguments)
         return
     from benchmarks._pipeline_layer import print_layer_part
+    from benchmarks._pipeline_overhead import overhead_microseconds
     from benchmarks._pipeline_solver import print_solver_part, run_solver_part
 
     print(f"configuration: {vars(arguments)}; {len(os.sched_getaffinity(0))} cores")
@@ -94,6 +95,8 @@ def main() -> None:
         rows = run_solver_part(arguments.quick)
         found["solver"] = [asdict(row) for row in rows]
         print_solver_part(rows)
+        found["executor_us"] = overhead_microseconds(num_chunks=4)
+        print(f"RESULT executor_us_per_layer_4_chunks={found['executor_us']:.0f}")
     if arguments.part != "solver":
         found["layer"] = measure_on_cluster(arguments)
         print_layer_part(arguments.cluster, found["layer"])

@@ -50,6 +50,11 @@ class PlanMoEConfig(Section):
     max_in_flight: int | None = Field(
         None, ge=1, le=16, description="most chunks whose buffers exist at once; by default all of them"
     )
+    plans: str | None = Field(
+        None,
+        min_length=1,
+        description="folder for what the scheduler learnt, read by the next run; by default not kept",
+    )
     compression: Annotated[
         Annotated[CompressionConfig, Tag(_SECTION)] | Annotated[Literal["auto"], Tag(AUTO)],
         Discriminator(lambda value: AUTO if value == AUTO else _SECTION),

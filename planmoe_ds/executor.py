@@ -16,7 +16,7 @@ from planmoe_ds.trace import Phase
 
 Step = Callable[[int], None]  # runs one task of a chunk
 
-_COLUMNS = 10  # numbers per chunk in a vector of costs; NaN: not measured
+COLUMNS = 10  # numbers per chunk in a vector of costs; NaN: not measured
 _COMPUTE_COLUMN = {
     Kind.ENCODE: 0,
     Kind.DECODE: 3,
@@ -71,7 +71,7 @@ class Measurement:
 
     def vector(self, num_chunks: int) -> torch.Tensor:
         """Seconds, float64 [2, num_chunks, 10]: forward, backward; NaN where nothing was measured."""
-        found = torch.full((2, num_chunks, _COLUMNS), math.nan, dtype=torch.float64)
+        found = torch.full((2, num_chunks, COLUMNS), math.nan, dtype=torch.float64)
         for phase, kind, chunk, start, end in self._spans:
             found[_row(phase), chunk, _COMPUTE_COLUMN[kind]] = (end.ns() - start.ns()) * 1e-9
         for phase, kind, chunk, exchange in self._exchanges:
@@ -109,6 +109,24 @@ def _costs(medians: torch.Tensor, *, backward: bool) -> list[ChunkCosts] | None:
     if bool(medians[:, 0].isnan().any()):
         return None
     return [_chunk_costs([0.0 if math.isnan(value) else value for value in row], backward) for row in medians.tolist()]
+
+
+def vector_of(forward: Sequence[ChunkCosts], backward: Sequence[ChunkCosts] | None) -> torch.Tensor:
+    """The inverse of costs_from for one call."""
+    missing = [[math.nan] * COLUMNS] * len(forward)
+    rows = [_row_of(chunk) for chunk in forward]
+    return torch.tensor(
+        [rows, missing if backward is None else [_row_of(chunk) for chunk in backward]], dtype=torch.float64
+    )
+
+
+def _row_of(chunk: ChunkCosts) -> list[float]:
+    out, home = chunk.dispatch, chunk.combine
+    weights = math.nan if chunk.weights is None else chunk.weights
+    return [
+        chunk.encode, out.intra, out.inter, chunk.decode, chunk.expert, chunk.encode_back, home.intra, home.inter,
+        chunk.collect, weights,
+    ]  # fmt: skip
 
 
 def _chunk_costs(row: Sequence[float], backward: bool) -> ChunkCosts:

@@ -6,11 +6,13 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank (
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from planmoe_ds import __version__
 from planmoe_ds.codecs import Codecs
+from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.experts import Experts
 from planmoe_ds.group import ExpertGroup
@@ -18,6 +20,7 @@ from planmoe_ds.guard import Meter, QualityGuard
 from planmoe_ds.headers import PLAN_PHASE, Header, digest, dtype_code, phase_now
 from planmoe_ds.pipeline import LayerCall, run_experts
 from planmoe_ds.plan import PlanRequest, Routes, RoutingPlan, build_plan
+from planmoe_ds.plan_store import PlanStore
 from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, order_rows
@@ -44,7 +47,12 @@ class ExpertParallelLayer:
 
     def __post_init__(self) -> None:
         config = self.config
-        self._planner = LayerPlanner(config.scheduler, self.group, self.num_chunks, config.max_in_flight)
+        store = None
+        if config.plans is not None:
+            codecs = AUTO if isinstance(config.compression, str) else config.compression.describe()
+            words = f"{config.comm}, {config.chunks} chunks by {config.chunk_by.value}, codecs {codecs}"
+            store = PlanStore(Path(config.plans), self.index, words)
+        self._planner = LayerPlanner(config.scheduler, self.group, self.num_chunks, config.max_in_flight, store)
 
     def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts) -> torch.Tensor:
         """Tokens [T, H] and the router's decision -> the weighted sum of the experts' outputs, [T, H]."""
@@ -123,6 +131,11 @@ class ExpertParallelLayer:
             codecs = self.guard.follow(errors, dtype, speaks=self.group.rank == 0)
             meter = self.guard.next_step() if trains else None
         return codecs.with_raw_tokens() if raw else codecs, meter
+
+    @property
+    def planner(self) -> LayerPlanner:
+        """Decides the order of this layer's tasks."""
+        return self._planner
 
     @property
     def num_chunks(self) -> int:

@@ -236,8 +236,11 @@ class ForwardPass(Pass):
         if not split:
             return ExpertGraph(leaves, output)
         linears = splittable(calls, self.places)
-        alone = used_once(output, linears, self.parameters)
-        return ExpertGraph(leaves, output, [linear for linear in linears if alone.issuperset(linear.parameters)])
+        patience = call.orders.patience
+        if patience.places is None:
+            patience.places = used_once(output, linears, self.parameters)
+        waiting = [linear for linear in linears if patience.places.issuperset(linear.parameters)]
+        return ExpertGraph(leaves, output, waiting)
 
     @override
     def encode_back(self, index: int, chunk: ChunkPlan, results: torch.Tensor) -> Launch:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +32,13 @@ from planmoe_ds.codecs import make_codecs
 from planmoe_ds.compression import AUTO
 from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.execution import save_execution
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup, connect
 from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.plan import Routes
+from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Recorder
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_rows
 
@@ -58,6 +61,12 @@ class Session:
     config: PlanMoEConfig
     num_layers: int
     recorder: Recorder
+    planners: tuple[LayerPlanner, ...] = ()
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write what ran on this rank since recorder.start_trace(), and what was predicted, for `planmoe trace`."""
+        schedules = {index: planner.schedules() for index, planner in enumerate(self.planners)}
+        save_execution(path, self.recorder.stop_trace(), schedules)
 
 
 class PlanMoELayer(MOELayer):  # type: ignore[misc]
@@ -215,7 +224,7 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
         layer.tensor_parallel = _split(connected, tensor_parallel_size)
     if dist.get_rank() == 0:
         print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
-    return Session(config, len(layers), recorder)
+    return Session(config, len(layers), recorder, tuple(layer.planmoe.planner for layer in layers))
 
 
 def _compression(
@@ -268,6 +277,6 @@ def _announcement(
     comm = " and ".join(sorted({choice.name if config.comm != AUTO else choice.reason for choice in choices}))
     return (
         f"planmoe: active on {len(layers)} MoE layers: all-to-all {comm}, {config.chunks} chunks by "
-        f"{config.chunk_by.value}, {config.resolved_exactness.value}, compression ({names}), expert-parallel size "
-        f"{', '.join(map(str, sizes))}"
+        f"{config.chunk_by.value}, {config.scheduler} order, {config.resolved_exactness.value}, compression ({names}), "
+        f"expert-parallel size {', '.join(map(str, sizes))}"
     )

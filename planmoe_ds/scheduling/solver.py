@@ -18,7 +18,7 @@ class Schedule:
 
     order: places in graph.tasks; every rank launches its exchanges in this one order. starts, ends: seconds by place,
     from its first leg's start to its last leg's end. lower_bound: no order takes less. is_optimal: nor less than this.
-    critical_path: places of tasks that follow each other without a gap from the start to the end.
+    leg_starts: by place and leg. critical_path: places of tasks that follow each other without a gap from start to end.
     """
 
     graph: TaskGraph
@@ -29,6 +29,7 @@ class Schedule:
     lower_bound: float
     is_optimal: bool
     critical_path: tuple[int, ...]
+    leg_starts: tuple[tuple[float, ...], ...]
 
     @property
     def gap(self) -> float:
@@ -67,10 +68,16 @@ def timetable(graph: TaskGraph, order: Sequence[int]) -> Schedule:
 
 def _schedule(graph: TaskGraph, order: tuple[int, ...], bound: float, is_optimal: bool) -> Schedule:
     table = _C.simulate_schedule(graph.problem, list(order))
-    starts = tuple(min(legs) for legs in table.starts)
-    path = _critical_path(graph, order, table)
     return Schedule(
-        graph, order, starts, tuple(table.ends), table.makespan, min(bound, table.makespan), is_optimal, path
+        graph=graph,
+        order=order,
+        starts=tuple(min(legs) for legs in table.starts),
+        ends=tuple(table.ends),
+        makespan=table.makespan,
+        lower_bound=min(bound, table.makespan),
+        is_optimal=is_optimal,
+        critical_path=_critical_path(graph, order, table),
+        leg_starts=tuple(tuple(legs[: len(task.legs)]) for legs, task in zip(table.starts, graph.tasks, strict=True)),
     )
 
 

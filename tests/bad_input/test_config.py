@@ -72,6 +72,8 @@ BAD_VALUES = [
     ("ranks_per_node", {"node0": 2}, COUNTS),
     ("scheduler", "optimum", ("did you mean 'optimal'",)),
     ("scheduler", 3, ("string",)),
+    ("plans", "", ("at least 1",)),
+    ("plans", 3, ("string",)),
     ("max_in_flight", 0, ("greater than",)),
     ("max_in_flight", 17, ("less than",)),
     ("max_in_flight", 2.5, ("integer",)),
@@ -106,6 +108,9 @@ MISSPELT = {
     "gard": "guard",
     "exactnes": "exactness",
     "rank_per_node": "ranks_per_node",
+    "schedule": "scheduler",
+    "in_flight": "max_in_flight",
+    "plan": "plans",
     "timeout": "timeout_seconds",
     "timeout_second": "timeout_seconds",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 import planmoe_ds
-from planmoe_ds.executor import Order
+from planmoe_ds.executor import Order, vector_of
 from planmoe_ds.gradients import ExpertGraph, linear_calls, splittable, used_once
-from planmoe_ds.planner import MEASURED, WARM_UP, CallOrders
+from planmoe_ds.planner import DRIFT, MEASURED, WARM_UP, CallOrders
 from planmoe_ds.plugins import PLUGINS
 from planmoe_ds.scheduling import ChunkCosts, ExchangeCosts, Kind, TaskGraph, layer_graph
 from tests.engine.support import make_layer, rank_device, routes_of, run_layer
@@ -193,6 +194,46 @@ def test_all_ranks_follow_the_order_that_was_learnt(ranks: RankPool) -> None:
     assert mine == theirs
     assert len(set(mine[: WARM_UP + MEASURED])) == 1
     assert mine[-1] == mine[-2]
+
+
+def stored(folder: str, chunks: int) -> int:
+    """Calls after which the order no longer is the first one."""
+    layer = make_layer({"chunks": chunks, "scheduler": "optimal", "plans": folder})
+    world = dist.get_world_size()
+    tokens = torch.randn(60, HIDDEN, requires_grad=True)
+    routes = routes_of(torch.arange(60).unsqueeze(0) % world, world)
+    first = layer._planner._orders
+    for call in range(WARM_UP + MEASURED + 2):
+        run_layer(layer, tokens, routes, [TwoLinears()]).sum().backward()
+        if layer._planner._orders is not first:
+            return call
+    raise AssertionError("no order was decided")
+
+
+@pytest.mark.distributed
+def test_what_was_learnt_is_kept(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, stored, str(tmp_path), 3) == [WARM_UP + MEASURED] * 2
+    assert ranks.run(2, stored, str(tmp_path), 3) == [0] * 2
+    path = tmp_path / "layer-0.json"
+    path.write_text(path.read_text().replace("ranks on nodes", "elsewhere, ranks on nodes"))
+    outcomes = ranks.run(2, stored, str(tmp_path), 3, expect_failure=True)
+    assert [outcome.error for outcome in outcomes] == ["PlanMoEConfigError"] * 2
+    assert "is a plan for cluster" in outcomes[0].message
+    assert "rank 0 cannot use" in outcomes[1].message
+
+
+def drift(factors: Sequence[float]) -> list[bool]:
+    """Whether costs that changed by each factor made a new order."""
+    layer = make_layer({"chunks": 2, "scheduler": "optimal"})
+    costs = ChunkCosts(1.0, ExchangeCosts(1.0, 2.0), 1.0, 3.0, 1.0, ExchangeCosts(1.0, 2.0), 1.0, 2.0)
+    vector = vector_of([costs] * 2, [costs] * 2)
+    return [layer._planner._use(vector * factor) for factor in factors]
+
+
+@pytest.mark.distributed
+def test_drift_makes_a_new_order(ranks: RankPool) -> None:
+    within, beyond = 1 + 0.9 * DRIFT, 1 + 1.1 * DRIFT
+    assert ranks.run(2, drift, [1.0, within, 1 / within, beyond, 1.0]) == [[True, False, False, True, False]] * 2
 
 
 def backwards(seed: int) -> float:
