@@ -16,6 +16,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 COMPILED := $(VENV)/.compiled
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+ZFP_SOURCES := $(wildcard zfp/src/* zfp/include/planmoe_zfp/*)
 PYTHON_SOURCES := $(wildcard planmoe_ds tests examples benchmarks megatron_patches) setup.py
 
 export PYTHON VENV
@@ -67,7 +68,7 @@ $(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
 	scripts/bootstrap.sh requirements-dev.txt
 	@touch $@
 
-$(COMPILED): $(INSTALLED) setup.py pyproject.toml $(NATIVE_SOURCES)
+$(COMPILED): $(INSTALLED) setup.py pyproject.toml $(NATIVE_SOURCES) $(ZFP_SOURCES)
 	@echo "==> compiling planmoe_ds"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
