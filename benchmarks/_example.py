@@ -67,7 +67,7 @@ def make_engine(arguments: Namespace, seed: int, section: Any) -> Any:
 
 def take_step(engine: Any, inputs: Any, targets: Any) -> float:
     """One training step; the loss of this rank's batch."""
-    from model import language_loss
+    from data import language_loss
 
     logits, balance_loss = engine(inputs)
     loss = language_loss(logits, targets)

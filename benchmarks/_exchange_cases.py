@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,7 +22,7 @@ class Case:
     rows: list[list[int]]
     row_bytes: int
     pair_bytes: int | None = None  # bytes from every rank to every rank where they are all equal
-    experts: list[torch.Tensor] | None = None
+    experts: list[torch.Tensor] | None = field(default=None, compare=False)
     experts_per_rank: int = EXPERTS_PER_RANK
 
     @property

@@ -52,7 +52,7 @@ def train(arguments: argparse.Namespace, data: Any, codec: str, seed: int) -> di
     import torch
     import torch.distributed as dist
 
-    from model import language_loss
+    from data import language_loss
 
     engine = make_engine(arguments, seed, {"compression": codec, "chunks": 2})
     shape, size = (arguments.batch_size, arguments.sequence_length), dist.get_world_size()

@@ -73,7 +73,9 @@ def test_a_small_run(tmp_path: Path) -> None:
     if done.returncode == SKIP:
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("RESULT pipe_vs_all_to_all_single=")
+    results_at_the_end = [line.split("=")[0] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.stdout.splitlines()[-1].startswith("RESULT ")
+    assert {"RESULT pipe_vs_all_to_all_single", "RESULT dedup_inter_bytes_over_minimum"} <= set(results_at_the_end)
     cases = json.loads(file.read_text())["clusters"][0]["cases"]
     assert [case["case"] for case in cases] == ["4 KiB", "uniform k=2", "skewed k=2"]
     assert {STOCK, "direct", "pipe", SERIAL, ONLY_INTRA, ONLY_INTER} <= set(cases[0]["seconds"])
