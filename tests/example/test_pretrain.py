@@ -116,7 +116,7 @@ def test_four_ranks_share_the_experts(tmp_path: Path) -> None:
     done = torchrun("pretrain_deepspeed.py", [*TINY_MODEL, *TINY_RUN, *options], num_ranks=4)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 on cpu, experts shared by 4" in done.stdout
-    assert '"dispatch":"int8"' in done.stdout
+    assert '"inter":"int8","intra":"int8"' in done.stdout
 
 
 def test_a_misspelt_planmoe_key_is_told_without_a_traceback(tmp_path: Path, pretrain: Launch) -> None:
