@@ -18,6 +18,9 @@ def poison(settings: dict[str, object], value: float, what: str) -> tuple[bool, 
     model = Model(settings)
     tokens, experts = batch()
     bad = dist.get_rank() == 1
+    if settings["compression"] == {"dispatch": "lossless"}:  # it carries bfloat16 alone
+        tokens = tokens.detach().bfloat16().requires_grad_()
+        model.experts = [[expert.bfloat16() for expert in experts] for experts in model.experts]
     if what == "tokens" and bad:
         tokens = tokens.detach().clone()
         tokens[3, 5] = value
