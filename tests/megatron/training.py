@@ -20,6 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from planmoe_ds.errors import PlanMoEError  # noqa: F401  for tests
@@ -36,6 +37,8 @@ def start(case: Case) -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    get_moe_layer_wise_logging_tracker().clear()  # it has the number of layers of an earlier training
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # and this that training's shape
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=case.tensor,
         pipeline_model_parallel_size=case.pipeline,
