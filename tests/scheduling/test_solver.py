@@ -66,7 +66,7 @@ def equal_chunks(num_chunks: int, codec: float, exchange: float, work: float, la
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 12), *[st.integers(0, 20)] * 4)
+@given(st.integers(1, 8), *[st.integers(0, 20)] * 4)
 def test_schemoes_order_is_optimal_for_equal_chunks(
     num_chunks: int, codec: int, exchange: int, work: int, last: int
 ) -> None:
