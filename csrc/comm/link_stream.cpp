@@ -74,9 +74,7 @@ class StreamLink final : public Link {
   }
 
   // The device's waits end, with whatever the buffers hold then: callers must look at why before they use them.
-  void abort(const std::string& /*reason*/) override {
-    group_->getBackend(device_.type())->abort();
-  }
+  void abort(const std::string& /*reason*/) override { group_->getBackend(device_.type())->abort(); }
 
  private:
   void carry(Leg& leg) {

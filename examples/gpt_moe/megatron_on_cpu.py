@@ -159,7 +159,8 @@ def _replace_uneven_collectives() -> None:
         dist.all_reduce(total, group=group)
         own.copy_(total.split([part.shape[0] for part in parts])[dist.get_rank(group)])
 
-    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+    dist.all_gather = all_gather  # type: ignore[assignment]
+    dist.reduce_scatter = reduce_scatter  # type: ignore[assignment]
 
 
 def _replace_megatron() -> None:
