@@ -5,13 +5,15 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank (
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup
+from planmoe_ds.grouped import GroupedExperts, recognise
 from planmoe_ds.pipeline import Codecs, LayerCall, run_experts
 from planmoe_ds.plan import Header, PlanRequest, Routes, build_plan
 from planmoe_ds.recorder import Label, Recorder
@@ -29,6 +31,8 @@ class ExpertParallelLayer:
     codecs: Codecs
     recorder: Recorder
     _leaves_checked: bool = field(default=False, init=False)
+    _grouped: GroupedExperts | None = field(default=None, init=False)  # of the last experts
+    _modules: tuple[nn.Module, ...] = field(default=(), init=False)
 
     def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts) -> torch.Tensor:
         """Tokens [T, H] and the router's decision -> the weighted sum of the experts' outputs, [T, H]."""
@@ -68,12 +72,21 @@ class ExpertParallelLayer:
         check_leaves = keep_graph and not self._leaves_checked
         token_N = None if order is None else order.token_N
         call = LayerCall(
-            plan, columns, tokens_TH.shape[1], tokens_TH.dtype, experts, self.group, self.codecs, self.recorder,
-            self.index, token_N, keep_graph, check_leaves,
+            plan, columns, tokens_TH.shape[1], tokens_TH.dtype, self._with_groups(experts), self.group, self.codecs,
+            self.recorder, self.index, token_N, keep_graph, check_leaves,
         )  # fmt: skip
         result = run_experts(tokens_TH.contiguous(), routes.weight_KT, call)
         self._leaves_checked |= check_leaves
         return result
+
+    def _with_groups(self, experts: LocalExperts) -> LocalExperts:
+        """The experts with what is known of running them together, looked up once; exact results do without."""
+        if self.config.resolved_exactness is Exactness.EXACT:
+            return experts
+        modules = tuple(experts.modules)
+        if modules != self._modules:
+            self._modules, self._grouped = modules, recognise(modules)
+        return replace(experts, grouped=self._grouped)
 
     @property
     def num_chunks(self) -> int:

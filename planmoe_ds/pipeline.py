@@ -19,6 +19,7 @@ from planmoe_ds.group import ExpertGroup, SidedArrival, Sides
 from planmoe_ds.plan import ChunkPlan, RoutingPlan
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.schedule import Kind, pipelined
+from planmoe_ds.sums import Sums
 from planmoe_ds.trace import Phase
 from planmoe_ds.wire import LinkCodecs, Spreads, TokenColumns, Wire
 
@@ -61,7 +62,9 @@ class LayerCall:
 
     def wire(self, codecs: LinkCodecs, dtype: torch.dtype) -> Wire:
         """Encoding of rows of `dtype`."""
-        return Wire(self.group, self.plan, codecs, self.hidden, dtype)
+        directions = (self.codecs.dispatch, self.codecs.combine, self.codecs.gradients)
+        alone = self.group.size == 1 and all(direction.near.identity for direction in directions)
+        return Wire(self.group, self.plan, codecs, self.hidden, dtype, alone)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _forward(
     """Tokens [T, H] -> weighted sums of expert outputs [T, H], or rows [N, H]; fills `graphs`."""
     out, back = (call.wire(codecs, tokens.dtype) for codecs in (call.codecs.dispatch, call.codecs.combine))
     outputs: list[torch.Tensor] = []
-    totals = None if call.token_N is not None else torch.zeros_like(tokens, dtype=back.wide_dtype)
+    totals = None if call.returns_rows else Sums(back, tokens.shape[0], 0, tokens)
 
     def work(index: int, chunk: ChunkPlan, arrived: Sides) -> SidedArrival:
         spreads = out.find_spreads(chunk, arrived, call.columns)
@@ -144,10 +147,10 @@ def _forward(
         if totals is None:
             back.collect_rows(chunk, arrived, outputs[0])
         else:
-            back.add_sums(chunk, arrived, totals, None)
+            totals.add(chunk, arrived)
 
     _Pass(call, "forward", lambda chunk: out.send_tokens(chunk, tokens, call.columns), work, collect).run()
-    return outputs[0] if totals is None else totals.to(outputs[0].dtype)
+    return outputs[0] if totals is None else totals.values().to(outputs[0].dtype)
 
 
 @dataclass(frozen=True)
@@ -166,10 +169,9 @@ def _backward(
     out, back = (call.wire(call.codecs.gradients, dtype) for dtype in (grad.dtype, call.dtype))
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     parameter_grads: list[torch.Tensor | None] = [None] * len(parameters)
-    top_k = call.columns.top_k
+    num_extra = call.columns.num_extra
     grad_rows = grad.new_empty((call.num_rows, call.hidden), dtype=back.dtype)
-    grad_tokens = grad.new_zeros((num_tokens, call.hidden), dtype=back.dtype if call.returns_rows else back.wide_dtype)
-    grad_weights = None if call.returns_rows else grad.new_zeros((num_tokens, top_k), dtype=back.wide_dtype)
+    totals = Sums(back, num_tokens, num_extra, grad)
 
     def send_out(chunk: ChunkPlan) -> SidedArrival:
         return out.send_rows_out(chunk, grad) if call.returns_rows else out.send_tokens(chunk, grad, None)
@@ -184,19 +186,20 @@ def _backward(
             rows = _expert_gradients(graph, buffer, parameters, parameter_grads, keep).to(back.dtype).contiguous()
         if call.returns_rows:
             return back.send_rows_back(chunk, rows)
-        weight_grads = out.dots(arrived, graph.spreads, graph.output.detach().to(out.dtype).contiguous(), top_k)
+        weight_grads = out.dots(arrived, graph.spreads, graph.output.detach().to(out.dtype).contiguous(), num_extra)
         return back.send_sums(chunk, rows, graph.spreads, weighted=False, extra=weight_grads)
 
     def collect(chunk: ChunkPlan, arrived: Sides) -> None:
         if call.returns_rows:
             back.collect_rows(chunk, arrived, grad_rows)
         else:
-            back.add_sums(chunk, arrived, grad_tokens, grad_weights)
+            totals.add(chunk, arrived)
 
     _Pass(call, "backward", send_out, work, collect).run()
     if call.token_N is not None:
-        grad_tokens.index_add_(0, call.token_N, grad_rows)
-    return _Gradients(grad_tokens.to(call.dtype), grad_weights, parameter_grads)
+        grad_tokens = grad.new_zeros((num_tokens, call.hidden), dtype=back.dtype)
+        return _Gradients(grad_tokens.index_add_(0, call.token_N, grad_rows), None, parameter_grads)
+    return _Gradients(totals.values(), totals.extra()[:, : call.columns.top_k], parameter_grads)
 
 
 def _expert_gradients(

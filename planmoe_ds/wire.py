@@ -9,7 +9,7 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,13 +24,13 @@ from planmoe_ds.backend import (
     fold_rows,
     make_compressor,
     spread_rows,
-    unpack_add,
 )
 from planmoe_ds.group import ExpertGroup, SidedArrival, SideRows, Sides
 from planmoe_ds.plan import ChunkPlan, RoutingPlan, SidePlan
 from planmoe_ds.rows import RowOrder
 
 _MOST_SHORT_IDS = 1 << 15
+_DEVICE_BYTES = 16  # accelerators read that much at once, so rows there start at multiples of it
 _NO_ROUTES = RowRoutes()  # ranks that pass rows on know them from the tokens' way out
 
 
@@ -55,13 +55,17 @@ class LinkCodecs:
 
 @dataclass(frozen=True)
 class TokenColumns:
-    """What tokens carry beside their values: uint8 [T, width], by column: weights, places, expert numbers."""
+    """What tokens carry beside their values: uint8 [T, width], by column: weights, places, expert numbers, padding.
+
+    num_extra: columns of weight gradients that return, the first K of them in use.
+    """
 
     bytes_T: torch.Tensor
     top_k: int
     weight_dtype: torch.dtype
     id_bytes: int
     has_places: bool
+    num_extra: int
 
     @property
     def place_column(self) -> int:
@@ -88,8 +92,13 @@ def token_columns(
     if order is not None:
         columns.insert(1, order.place_KT)
     as_bytes = [_bytes(values.t()) for values in columns]
+    num_extra = top_k = expert_KT.shape[0]
+    if expert_KT.device.type != "cpu":
+        padding = -sum(values.shape[1] for values in as_bytes) % _DEVICE_BYTES
+        as_bytes.append(as_bytes[0].new_empty((expert_KT.shape[1], padding)))
+        num_extra = -(-top_k * 4 // _DEVICE_BYTES) * _DEVICE_BYTES // 4
     return TokenColumns(
-        torch.cat(as_bytes, dim=1), expert_KT.shape[0], weight_KT.dtype, id_dtype.itemsize, order is not None
+        torch.cat(as_bytes, dim=1), top_k, weight_KT.dtype, id_dtype.itemsize, order is not None, num_extra
     )
 
 
@@ -108,16 +117,24 @@ class Spreads:
 
 @dataclass(frozen=True)
 class Wire:
-    """One direction's encoding of a layer call's rows: H values of `dtype`."""
+    """One direction's encoding of a layer call's rows: H values of `dtype`.
+
+    stays_here: this rank is alone and no direction of the call encodes anything, so rows are not copied to a wire:
+    row t is token t.
+    """
 
     group: ExpertGroup
     plan: RoutingPlan
     codecs: LinkCodecs
     hidden: int
     dtype: torch.dtype
+    stays_here: bool
 
     def send_tokens(self, chunk: ChunkPlan, tokens: torch.Tensor, columns: TokenColumns | None) -> SidedArrival:
         """Start a chunk's tokens [T, H] on their way; without columns they go where the last ones with columns went."""
+        if self.stays_here:
+            rows = tokens.view(torch.uint8)
+            return SidedArrival(Sides(rows, rows[:0]), None)
         send = Sides(
             self._token_rows(chunk.near, tokens, columns, self.codecs.near),
             self._token_rows(chunk.far, tokens, columns, self.codecs.far),
@@ -127,9 +144,15 @@ class Wire:
 
     def find_spreads(self, chunk: ChunkPlan, rows: Sides, columns: TokenColumns) -> Spreads:
         """Read the columns of arrived tokens."""
+        if self.stays_here:
+            everyone = replace(chunk.near, received_rows=[rows.near.shape[0]])
+            return Spreads(
+                self._find_spread(chunk, everyone, columns.bytes_T, columns, 0),
+                self._find_spread(chunk, chunk.far, columns.bytes_T[:0], columns, 0),
+            )
         return Spreads(
-            self._find_spread(chunk, chunk.near, rows.near, columns, self.codecs.near),
-            self._find_spread(chunk, chunk.far, rows.far, columns, self.codecs.far),
+            self._find_spread(chunk, chunk.near, rows.near, columns, self.values_width(self.codecs.near)),
+            self._find_spread(chunk, chunk.far, rows.far, columns, self.values_width(self.codecs.far)),
         )
 
     def spread(self, chunk: ChunkPlan, rows: Sides, spreads: Spreads, weighted: bool) -> torch.Tensor:
@@ -150,6 +173,10 @@ class Wire:
         self, chunk: ChunkPlan, rows: torch.Tensor, spreads: Spreads, weighted: bool, extra: Sides | None = None
     ) -> SidedArrival:
         """Start the sums of each arrived row's expert outputs [rows, H] on their way back, with `extra` columns."""
+        if self.stays_here:
+            totals = rows.new_empty((spreads.near.start.shape[0] - 1, self.hidden)).view(torch.uint8)
+            fold_rows(self.codecs.near, rows, spreads.near, weighted, totals)
+            return SidedArrival(Sides(totals, totals[:0], None if extra is None else extra.near), None)
         inner = self.codecs.inner if self.group.comm.passes_on else self.codecs.far
         send = Sides(
             self._sum_rows(
@@ -160,18 +187,7 @@ class Wire:
         num_extra = 0 if extra is None else extra.near.shape[1]
         extra_bytes = 0 if extra is None else num_extra * extra.near.element_size()
         sums = RowSums(inner=inner, outer=self.codecs.far, hidden=self.hidden, dtype=self.dtype, extra=num_extra)
-        return self.group.combine(send, chunk.itinerary, sums, self._values_width(self.codecs.far) + extra_bytes)
-
-    def add_sums(self, chunk: ChunkPlan, rows: Sides, total_TH: torch.Tensor, extra_TK: torch.Tensor | None) -> None:
-        """Add returned sums to each token's total, in `wide_dtype`."""
-        for side, wire, codec in (
-            (chunk.near, rows.near, self.codecs.near),
-            (chunk.far, rows.far, self.codecs.far),
-        ):
-            unpack_add(codec, wire, self.dtype, side.token, total_TH)
-            if extra_TK is not None and wire.shape[0] > 0:
-                extra = wire[:, self._values_width(codec) :].clone(memory_format=torch.contiguous_format)
-                extra_TK.index_add_(0, side.token, extra.view(extra_TK.dtype))
+        return self.group.combine(send, chunk.itinerary, sums, self.values_width(self.codecs.far) + extra_bytes)
 
     def send_rows_out(self, chunk: ChunkPlan, rows_NH: torch.Tensor) -> SidedArrival:
         """Start a chunk's rows, one per route, on their way to the experts."""
@@ -208,9 +224,10 @@ class Wire:
 
     def token_width(self, columns: TokenColumns) -> int:
         """Bytes of a token between nodes."""
-        return self._values_width(self.codecs.far) + columns.width
+        return self.values_width(self.codecs.far) + columns.width
 
-    def _values_width(self, codec: Compressor) -> int:
+    def values_width(self, codec: Compressor) -> int:
+        """Bytes of a row's values with the padding after them."""
         return aligned(codec.row_bytes(self.hidden, self.dtype))
 
     def _new_buffer(self, chunk: ChunkPlan, device: torch.device) -> torch.Tensor:
@@ -220,7 +237,7 @@ class Wire:
     def _token_rows(
         self, side: SidePlan, tokens: torch.Tensor, columns: TokenColumns | None, codec: Compressor
     ) -> torch.Tensor:
-        width = self._values_width(codec)
+        width = self.values_width(codec)
         wire = self.group.buffer(side.token.shape[0], width + (0 if columns is None else columns.width))
         codec.encode_into(tokens, side.token, wire)
         if columns is not None:
@@ -236,7 +253,7 @@ class Wire:
         codec: Compressor,
         extra: torch.Tensor | None,
     ) -> torch.Tensor:
-        width = self._values_width(codec)
+        width = self.values_width(codec)
         as_bytes = None if extra is None else extra.view(torch.uint8)
         wire = self.group.buffer(side.num_received, width + (0 if as_bytes is None else as_bytes.shape[1]))
         fold_rows(codec, rows, spread, weighted, wire)
@@ -245,16 +262,15 @@ class Wire:
         return wire
 
     def _routes(self, chunk: ChunkPlan, columns: TokenColumns, codec: Compressor) -> RowRoutes:
-        offset = self._values_width(codec) + columns.id_column
+        offset = self.values_width(codec) + columns.id_column
         return self.plan.routes(chunk, offset, columns.top_k, columns.id_bytes)
 
     def _find_spread(
-        self, chunk: ChunkPlan, side: SidePlan, rows: torch.Tensor, columns: TokenColumns, codec: Compressor
+        self, chunk: ChunkPlan, side: SidePlan, rows: torch.Tensor, columns: TokenColumns, first: int
     ) -> Spread:
-        first = self._values_width(codec)
         return find_experts(
             rows=rows,
-            routes=self._routes(chunk, columns, codec),
+            routes=self.plan.routes(chunk, first + columns.id_column, columns.top_k, columns.id_bytes),
             first_id=self.plan.first_expert,
             num_entries=side.num_entries,
             weight_offset=first,
@@ -263,4 +279,5 @@ class Wire:
             base=chunk.base_PL,
             source_rows=side.received_rows,
             place_offset=first + columns.place_column if columns.has_places else -1,
+            table=side.table,
         )

@@ -46,6 +46,7 @@ class Int8Compressor final : public RowCodec {
   }
 
   bool lossless() const override { return false; }
+  std::string device_kernels() const override { return "int8"; }
 
   void encode_row(const float* values, int64_t hidden, at::ScalarType /*dtype*/, uint8_t* wire) const override {
     std::memset(wire + hidden, 0, code_bytes(hidden) - hidden);

@@ -81,6 +81,7 @@ void bind_compressors(py::module_& module) {
       .def(py::init<>())
       .def("row_bytes", &AbstractCompressor::row_bytes, py::arg("hidden"), py::arg("dtype"))
       .def_property_readonly("lossless", &AbstractCompressor::lossless)
+      .def_property_readonly("identity", &AbstractCompressor::is_identity)
       .def("encode", &AbstractCompressor::encode, py::arg("rows"), py::arg("index") = py::none(), NoGil())
       .def("encode_into", &AbstractCompressor::encode_into, py::arg("rows"), py::arg("index"), py::arg("wire"), NoGil())
       .def("decode", &AbstractCompressor::decode, py::arg("wire"), py::arg("out"), py::arg("index") = py::none(),

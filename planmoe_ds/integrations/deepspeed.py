@@ -29,6 +29,7 @@ from planmoe_ds.config import AUTO, PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup, connect
+from planmoe_ds.grouped import share_storage
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.pipeline import Codecs
 from planmoe_ds.plan import Routes
@@ -192,6 +193,9 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
         my_groups["tensor parallel"] = list(dist.get_process_group_ranks(bwc_tensor_model_parallel_group(groups.mpu)))
     traffic = {layer.ep_group_name: _traffic(layer) for layer in layers}
     connected = connect(my_groups, config, device, traffic)
+    if device.type == "cuda":
+        for layer in layers:  # the optimizer, which keeps views, is not built yet
+            share_storage(list(layer.experts.deepspeed_experts))
     recorder = Recorder(device)
     codecs = Codecs(**{key: LinkCodecs.everywhere(name) for key, name in config.compression.model_dump().items()})
     for index, layer in enumerate(layers):
