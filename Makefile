@@ -16,15 +16,16 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 COMPILED := $(VENV)/.compiled
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+ZFP_SOURCES := $(wildcard zfp/src/* zfp/include/planmoe_zfp/*)
 PYTHON_SOURCES := $(wildcard planmoe_ds tests examples benchmarks megatron_patches) setup.py
 
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain test check format clean
+.PHONY: help install pretrain pretrain-megatron test check format clean
 
 help: ## show this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "make pretrain STEPS=600 RANKS=2 ARGS='--planmoe off --data my.txt' OUTPUT=output/mine"
 
@@ -34,6 +35,11 @@ pretrain: $(COMPILED) ## train a small GPT-MoE for about a minute; again: contin
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=$(ACCELERATOR) PATH="$(abspath $(BIN)):$$PATH" \
 	    $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) \
 	    examples/gpt_moe/pretrain_deepspeed.py --steps $(STEPS) --output $(OUTPUT) $(ARGS)
+
+pretrain-megatron: $(COMPILED) ## the same with megatron.core instead of DeepSpeed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+	    $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) \
+	    examples/gpt_moe/pretrain_megatron.py --train-iters $(STEPS) --save $(OUTPUT)_megatron $(ARGS)
 
 test: $(COMPILED) $(INSTALLED_DEV) ## run the tests; ARGS='tests/unit -x' for some
 	$(BIN)/python -m pytest $(ARGS)
@@ -62,7 +68,7 @@ $(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
 	scripts/bootstrap.sh requirements-dev.txt
 	@touch $@
 
-$(COMPILED): $(INSTALLED) setup.py pyproject.toml $(NATIVE_SOURCES)
+$(COMPILED): $(INSTALLED) setup.py pyproject.toml $(NATIVE_SOURCES) $(ZFP_SOURCES)
 	@echo "==> compiling planmoe_ds"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@

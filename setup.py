@@ -23,7 +23,14 @@ ROOT = Path(__file__).resolve().parent
 CUDA_VARIABLE = "PLANMOE_CUDA"
 CUDA_CHOICES = ("auto", "1", "0")
 ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0+PTX"  # where no card says what it is; PTX serves later ones
-HOST_FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
+HOST_FLAGS = [
+    "-O3",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",  # the same bytes on the wire whatever the processor
+]
 
 
 def why_no_cuda() -> str:
@@ -49,14 +56,12 @@ def builds_cuda() -> bool:
 
 
 def extension() -> CppExtension:
-    """The compiled backend: every .cpp file below csrc/ and, with CUDA, every .cu file."""
+    """The compiled backend: the .cpp files below csrc/ and of the zfp codec and, with CUDA, the .cu files."""
     cuda = builds_cuda()
     endings = (".cpp", ".cu") if cuda else (".cpp",)
-    sources = sorted(
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "csrc").rglob("*")
-        if path.suffix in endings and (cuda or path.parent.name != "cuda")
-    )
+    found = [path for path in (ROOT / "csrc").rglob("*") if cuda or path.parent.name != "cuda"]
+    found += (ROOT / "zfp" / "src").glob("*.cpp")
+    sources = sorted(str(path.relative_to(ROOT)) for path in found if path.suffix in endings)
     macros = [
         ("PLANMOE_TORCH_VERSION", f'"{torch.__version__}"'),
         ("PLANMOE_CUDA_VERSION", f'"{torch.version.cuda if cuda else "off"}"'),
@@ -69,7 +74,7 @@ def extension() -> CppExtension:
     return make(
         "planmoe_ds._C",
         sources,
-        include_dirs=[str(ROOT / "csrc")],
+        include_dirs=[str(ROOT / "csrc"), str(ROOT / "zfp" / "include")],
         define_macros=macros,
         extra_compile_args={"cxx": HOST_FLAGS, "nvcc": ["-O3"]} if cuda else HOST_FLAGS,
     )

@@ -10,11 +10,13 @@ import torch.distributed as dist
 from benchmarks._exchange_cases import Case
 from planmoe_ds.backend import Comm, Exchange, LaunchLedger
 from planmoe_ds.choose import Choice
+from planmoe_ds.codecs import LinkCodecs
 from planmoe_ds.config import ChunkBy
 from planmoe_ds.group import ExpertGroup, SidedArrival
-from planmoe_ds.plan import ChunkPlan, Header, PlanRequest, build_plan
+from planmoe_ds.headers import Header
+from planmoe_ds.plan import ChunkPlan, PlanRequest, build_plan
 from planmoe_ds.recorder import Label, Recorder
-from planmoe_ds.wire import LinkCodecs, Spreads, TokenColumns, Wire, token_columns
+from planmoe_ds.wire import Spreads, TokenColumns, Wire, token_columns
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class RoutedRun:
 
     def out(self) -> Exchange:
         """Pack the tokens and send them; returns the finished exchange."""
-        return _finished(self.wire.send_tokens(self.chunk, self.tokens, self.columns))
+        return _finished(self.wire.send_tokens(self.chunk, self.tokens, self.columns)())
 
     def back(self) -> Exchange:
         """Sum up the outputs of each token and send the sums."""
-        return _finished(self.wire.send_sums(self.chunk, self.outputs, self.spreads, weighted=True))
+        return _finished(self.wire.send_sums(self.chunk, self.outputs, self.spreads, weighted=True)())
 
     def both_ways(self) -> None:
         """Rows out and sums back."""
@@ -48,10 +50,7 @@ class RoutedRun:
         return int(sent.max())
 
     def extra_bytes_over_received(self) -> float:
-        """Bytes needed beside what is sent and received, most on any rank, over the ranks' mean received ones.
-
-        Collective.
-        """
+        """Bytes needed beside what is sent and received, over the received ones, where each is most; collective."""
         self.wire.group.comm.take_peak_bytes()
         self.out()
         peak = self.wire.group.comm.take_peak_bytes()
@@ -59,10 +58,9 @@ class RoutedRun:
         sides = (self.chunk.near, self.chunk.far)
         received = sum(side.num_received for side in sides) * width
         own = received + sum(side.token.shape[0] for side in sides) * width
-        extra, total = torch.tensor([max(0, peak - own)]), torch.tensor([received])
-        dist.all_reduce(extra, op=dist.ReduceOp.MAX)
-        dist.all_reduce(total)
-        return int(extra) * dist.get_world_size() / int(total)
+        most = torch.tensor([max(0, peak - own), received])
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most[0]) / int(most[1])
 
 
 def prepare(case: Case, comm: Comm, device: torch.device) -> RoutedRun:
@@ -77,7 +75,7 @@ def prepare(case: Case, comm: Comm, device: torch.device) -> RoutedRun:
     request = PlanRequest(
         num_chunks=1,
         chunk_by=ChunkBy.TOKEN,
-        header=Header(0, tokens.shape[1], 4, top_k),
+        header=Header(layer=0, hidden_size=tokens.shape[1], routes_per_token=top_k, num_experts=num_experts),
         row_bytes=case.row_bytes,
         padded_capacity=None,
         row_order=None,
@@ -86,7 +84,7 @@ def prepare(case: Case, comm: Comm, device: torch.device) -> RoutedRun:
     columns = token_columns(expert_KT, torch.ones(expert_KT.shape, device=device), num_experts, None)
     wire = Wire(group, plan, LinkCodecs.everywhere("none"), tokens.shape[1], tokens.dtype)
     chunk = plan.chunks[0]
-    arrived = wire.send_tokens(chunk, tokens, columns)
+    arrived = wire.send_tokens(chunk, tokens, columns)()
     _finished(arrived)
     spreads = wire.find_spreads(chunk, arrived.rows, columns)
     outputs = wire.spread(chunk, arrived.rows, spreads, weighted=False)

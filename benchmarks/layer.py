@@ -17,22 +17,23 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks._layer_cases import SHAPES, Shape, make_experts, median_ms, routing
+from planmoe_ds.codecs import make_codecs
+from planmoe_ds.compression import CompressionConfig
 from planmoe_ds.config import parse_config
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import connect
 from planmoe_ds.grouped import recognise, share_storage
 from planmoe_ds.layer import ExpertParallelLayer
-from planmoe_ds.pipeline import Codecs
 from planmoe_ds.plan import Routes
 from planmoe_ds.recorder import Recorder
-from planmoe_ds.wire import LinkCodecs
 
 
 def make_layer(settings: dict[str, object]) -> ExpertParallelLayer:
     """A layer of this one rank."""
     config, device = parse_config(settings), torch.device("cuda", 0)
     group = connect({"experts": [0]}, config, device)["experts"]
-    codecs = Codecs(**{key: LinkCodecs.everywhere(name) for key, name in config.compression.model_dump().items()})
+    assert isinstance(config.compression, CompressionConfig)
+    codecs = make_codecs(config.compression)
     return ExpertParallelLayer(index=0, config=config, group=group, codecs=codecs, recorder=Recorder(device))
 
 

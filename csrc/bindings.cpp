@@ -7,5 +7,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   planmoe::bind_compressors(module);
   planmoe::bind_rows(module);
   planmoe::bind_comms(module);
+  planmoe::bind_scheduler(module);
   module.def("build_info", &planmoe::build_info);
 }

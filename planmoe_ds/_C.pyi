@@ -17,6 +17,10 @@ class Exchange:
     def spans(self) -> list[tuple[Literal["exchange", "intra", "inter"], int, int]]: ...
     def bytes_sent_on(self, lane: str) -> int: ...
     @property
+    def number(self) -> int:
+        """Its place among the exchanges of its all-to-all, the same on every rank."""
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes to other ranks, final once waited for."""
 
@@ -100,6 +104,12 @@ class Comm:
     def num_pieces(self) -> int: ...
     @property
     def passes_on(self) -> bool: ...
+    def set_phase(self, phase: int) -> None:
+        """Exchanges that start from now on are never taken for those of another phase, 0 to 127, on another rank."""
+
+    def abort(self, reason: str) -> None:
+        """End what is in flight, from any thread: its waits, and all later ones, raise RuntimeError(reason)."""
+
     def close(self) -> None: ...
     def take_buffer(self, rows: int, width: int) -> torch.Tensor: ...
     def take_peak_bytes(self) -> int:
@@ -134,6 +144,12 @@ class Compressor:
     @property
     def identity(self) -> bool:
         """Whether the wire holds the values themselves."""
+    @property
+    def may_refuse(self) -> bool:
+        """Whether `fits` may be False."""
+
+    def fits(self, rows: torch.Tensor) -> bool:
+        """False when a row of [N, hidden] cannot be carried."""
 
     def encode(self, rows: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor: ...
     def encode_into(self, rows: torch.Tensor, index: torch.Tensor | None, wire: torch.Tensor) -> None: ...
@@ -192,7 +208,9 @@ class TokenOrder:
 def make_comm(
     name: str, groups: list[ProcessGroup], node_of_rank: list[int], device: torch.device, timeout_ms: int = 0
 ) -> Comm: ...
-def make_compressor(name: str) -> Compressor: ...
+def make_compressor(name: str) -> Compressor:
+    """`name` or `name:setting`."""
+
 def comm_names() -> list[str]: ...
 def compressor_names() -> list[str]: ...
 def build_info() -> dict[str, str]: ...
@@ -279,3 +297,46 @@ def sums_on_device(codec: Compressor, dtype: torch.dtype, like: torch.Tensor) ->
 def spread_rows(codec: Compressor, wire: torch.Tensor, spread: Spread, weighted: bool, out: torch.Tensor) -> None: ...
 def fold_rows(codec: Compressor, rows: torch.Tensor, spread: Spread, weighted: bool, wire: torch.Tensor) -> None: ...
 def dot_rows(codec: Compressor, wire: torch.Tensor, spread: Spread, rows: torch.Tensor, top_k: int) -> torch.Tensor: ...
+
+class ScheduleTask:
+    """See csrc/scheduler/problem.h; legs are (resource, seconds)."""
+
+    def __init__(
+        self,
+        legs: list[tuple[int, float]],
+        after: list[int],
+        *,
+        serial: bool = False,
+        latency: float = 0.0,
+        twin: int = -1,
+    ) -> None: ...
+
+class ScheduleProblem:
+    def __init__(self, num_resources: int, tasks: list[ScheduleTask]) -> None: ...
+    def tail(self, task: int) -> float:
+        """Least seconds from the end of a task to the end of everything."""
+
+class Timetable:
+    @property
+    def starts(self) -> list[list[float]]:
+        """By task and leg."""
+
+    @property
+    def ends(self) -> list[float]: ...
+    @property
+    def makespan(self) -> float: ...
+
+class Solution:
+    @property
+    def order(self) -> list[int]: ...
+    @property
+    def makespan(self) -> float: ...
+    @property
+    def lower_bound(self) -> float: ...
+    @property
+    def is_optimal(self) -> bool: ...
+    @property
+    def num_nodes(self) -> int: ...
+
+def simulate_schedule(problem: ScheduleProblem, order: list[int]) -> Timetable: ...
+def solve_schedule(problem: ScheduleProblem, seeds: list[list[int]], seconds: float, max_nodes: int) -> Solution: ...

@@ -17,12 +17,20 @@ if TYPE_CHECKING:
     from planmoe_ds.config import PlanMoEConfig
     from planmoe_ds.integrations.deepspeed import activate
     from planmoe_ds.moe import MoE
-    from planmoe_ds.plugins import AbstractComm, AbstractCompressor, register_comm, register_compressor
+    from planmoe_ds.plugins import (
+        AbstractComm,
+        AbstractCompressor,
+        AbstractScheduler,
+        register_comm,
+        register_compressor,
+        register_scheduler,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "AbstractComm",
     "AbstractCompressor",
+    "AbstractScheduler",
     "MoE",
     "PlanMoEConfig",
     "PlanMoEConfigError",
@@ -31,16 +39,19 @@ __all__ = [
     "activate",
     "register_comm",
     "register_compressor",
+    "register_scheduler",
 ]
 
 _LAZY = {  # need the compiled backend or DeepSpeed
     "AbstractComm": "planmoe_ds.plugins",
     "AbstractCompressor": "planmoe_ds.plugins",
+    "AbstractScheduler": "planmoe_ds.plugins",
     "MoE": "planmoe_ds.moe",
     "PlanMoEConfig": "planmoe_ds.config",
     "activate": "planmoe_ds.integrations.deepspeed",
     "register_comm": "planmoe_ds.plugins",
     "register_compressor": "planmoe_ds.plugins",
+    "register_scheduler": "planmoe_ds.plugins",
 }
 
 

@@ -1,4 +1,4 @@
-"""All-to-alls and compressors by name, compiled or plugged in, and the rest of the compiled backend."""
+"""All-to-alls, compressors and schedulers by name, compiled or plugged in, and the rest of the compiled backend."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from planmoe_ds.native import _C
 from planmoe_ds.plugins import PLUGINS
+from planmoe_ds.scheduling.abstract import AbstractScheduler
 
 ChunkRows = _C.ChunkRows
 Clock = _C.Clock
@@ -59,9 +60,11 @@ __all__ = [
     "fold_rows",
     "make_comm",
     "make_compressor",
+    "make_scheduler",
     "order_tokens",
     "order_tokens_on_device",
     "routes_on_device",
+    "scheduler_names",
     "spread_rows",
     "sum_rows",
     "sums_on_device",
@@ -89,9 +92,21 @@ def make_comm(
 
 
 def make_compressor(name: str) -> Compressor:
-    """The codec `name`; ValueError for an unknown one, listing all."""
-    plugin = PLUGINS.compressors.find(name)
-    return _C.make_compressor(name) if plugin is None else plugin()
+    """The codec `name`, or `name:setting`; ValueError for an unknown one, listing all, and for a bad setting."""
+    base, colon, _ = name.partition(":")
+    plugin = PLUGINS.compressors.find(base)
+    if plugin is None:
+        return _C.make_compressor(name)
+    if colon:
+        raise ValueError(f"compressor '{base}' takes no setting, got '{name}'")
+    return plugin()
+
+
+def make_scheduler(name: str) -> AbstractScheduler:
+    """The scheduler `name`; ValueError for an unknown one, listing all."""
+    plugin = PLUGINS.schedulers.find(name)
+    assert plugin is not None
+    return plugin()
 
 
 def comm_names() -> list[str]:
@@ -102,3 +117,8 @@ def comm_names() -> list[str]:
 def compressor_names() -> list[str]:
     """Compressors that make_compressor knows, sorted."""
     return PLUGINS.compressors.names()
+
+
+def scheduler_names() -> list[str]:
+    """Schedulers that make_scheduler knows, sorted."""
+    return PLUGINS.schedulers.names()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -59,6 +60,53 @@ def probe(
     from planmoe_ds.probe_command import run
 
     raise typer.Exit(run(counts, refresh=refresh, as_json=json))
+
+
+_ModelFile = Annotated[
+    Path, typer.Option("--model", help="JSON: tokens_per_rank, hidden_size, inner_size, num_experts …")
+]
+_ClusterFile = Annotated[Path, typer.Option("--cluster", help="JSON: num_nodes, gpus_per_node, rates, teraflops …")]
+_Lossy = Annotated[bool, typer.Option("--lossy", help="Codecs that lose precision may be chosen.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def plan(
+    model: _ModelFile,
+    cluster: _ClusterFile,
+    links: Annotated[Path | None, typer.Option(help="What `planmoe probe --json` printed on this cluster.")] = None,
+    lossy: _Lossy = False,
+    json: _Json = False,
+) -> None:
+    """Predict a MoE layer's time for each feature, choose those that pay, and say why.
+
+    With --links the all-to-alls are predicted from what was measured there; a file from another cluster is refused.
+    """
+    from planmoe_ds.adviser_command import run
+
+    raise typer.Exit(run(model, cluster, links, lossy=lossy, as_json=json))
+
+
+@app.command()
+def simulate(model: _ModelFile, cluster: _ClusterFile, lossy: _Lossy = False, json: _Json = False) -> None:
+    """The same for a cluster that you do not have, from its rates alone.
+
+    The model's "load", the tokens of every expert in a recorded batch, says how uneven the work is.
+    """
+    from planmoe_ds.adviser_command import run
+
+    raise typer.Exit(run(model, cluster, None, lossy=lossy, as_json=json))
+
+
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="What engine.planmoe.save_trace() wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trace and the pictures.")] = Path("planmoe-trace"),
+) -> None:
+    """Show what ran against what was predicted: a Perfetto trace, pictures, and how close to the bound it came."""
+    from planmoe_ds.execution import run_command
+
+    raise typer.Exit(run_command(file, out))
 
 
 def _counts(text: str) -> int | list[int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from planmoe_ds import backend
+from planmoe_ds.compression import AUTO, CompressionConfig, GuardConfig, LinkNames, Section, expand_compression, known
 from planmoe_ds.errors import PlanMoEConfigError
 
 
@@ -28,40 +29,11 @@ class ChunkBy(str, Enum):
     EXPERT = "expert"
 
 
-def _known(kind: str, name: str, names: list[str]) -> str:
-    if name in names:
-        return name
-    nearest = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-    raise ValueError(f"unknown {kind} '{name}'; known: {', '.join(names)}{hint}")
-
-
-AUTO = "auto"
+_SECTION = "section"  # a "compression" that is not "auto"; pydantic puts the word into the places of errors
 _SUMS_ON_THE_WAY = "dedup"  # the all-to-all that adds up inside the node before rows cross back
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class CompressionConfig(_Section):
-    """Codec per direction; each name is one of the registered compressors."""
-
-    dispatch: str = Field("none", description="tokens on their way to the experts")
-    combine: str = Field("none", description="expert outputs on their way back")
-    gradients: str = Field("none", description="both directions of the backward pass")
-
-    @field_validator("dispatch", "combine", "gradients")
-    @classmethod
-    def _known_compressor(cls, name: str) -> str:
-        return _known("compressor", name, backend.compressor_names())
-
-    def is_lossless(self) -> bool:
-        """True when every direction's codec returns its input bit for bit."""
-        return all(backend.make_compressor(name).lossless for name in self.model_dump().values())
-
-
-class PlanMoEConfig(_Section):
+class PlanMoEConfig(Section):
     """Everything planmoe can be told; unknown keys are rejected."""
 
     enabled: bool = Field(True, description="false leaves the framework's own dispatch in place")
@@ -72,10 +44,26 @@ class PlanMoEConfig(_Section):
     chunk_by: ChunkBy = Field(
         ChunkBy.TOKEN, strict=False, description="'token' (even pieces) or 'expert' (GEMM sizes stay whole)"
     )
-    compression: CompressionConfig = Field(
-        default_factory=CompressionConfig,
-        description="wire codec: one name, or one per direction (dispatch, combine, gradients)",
+    scheduler: str = Field(
+        "pipelined", description="order of the chunks' tasks: one of the registered schedulers, 'optimal' among them"
     )
+    max_in_flight: int | None = Field(
+        None, ge=1, le=16, description="most chunks whose buffers exist at once; by default all of them"
+    )
+    plans: str | None = Field(
+        None,
+        min_length=1,
+        description="folder for what the scheduler learnt, read by the next run; by default not kept",
+    )
+    compression: Annotated[
+        Annotated[CompressionConfig, Tag(_SECTION)] | Annotated[Literal["auto"], Tag(AUTO)],
+        Discriminator(lambda value: AUTO if value == AUTO else _SECTION),
+    ] = Field(
+        default_factory=CompressionConfig,
+        description="wire codec: one name, 'auto', or a section with any of dispatch, combine, gradients (directions), "
+        "inter, intra (links), sums",
+    )
+    guard: GuardConfig | None = Field(None, description="measures the codecs' errors and retreats from them")
     exactness: Exactness | None = Field(
         None, strict=False, description="'exact', 'reordered' or 'lossy'; by default what the codecs imply"
     )
@@ -92,7 +80,12 @@ class PlanMoEConfig(_Section):
     @field_validator("comm")
     @classmethod
     def _known_comm(cls, name: str) -> str:
-        return _known("all-to-all algorithm", name, [AUTO, *backend.comm_names()])
+        return known("all-to-all algorithm", name, [AUTO, *backend.comm_names()])
+
+    @field_validator("scheduler")
+    @classmethod
+    def _known_scheduler(cls, name: str) -> str:
+        return known("scheduler", name, backend.scheduler_names())
 
     @field_validator("ranks_per_node", mode="before")
     @classmethod
@@ -104,23 +97,16 @@ class PlanMoEConfig(_Section):
 
     @field_validator("compression", mode="before")
     @classmethod
-    def _one_name_for_all(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            _known("compressor", value, backend.compressor_names())
-            return dict.fromkeys(CompressionConfig.model_fields, value)
-        if isinstance(value, Mapping | CompressionConfig):
-            return value
-        raise ValueError(
-            f"must be one of the codecs {', '.join(backend.compressor_names())}, or a section with one for each of "
-            f"{', '.join(CompressionConfig.model_fields)}"
-        )
+    def _short_forms(cls, value: Any) -> Any:
+        return expand_compression(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanMoEConfig:
-        if self.exactness in (Exactness.EXACT, Exactness.REORDERED) and not self.compression.is_lossless():
+        if self.exactness in (Exactness.EXACT, Exactness.REORDERED) and not self._is_lossless:
+            names = [AUTO] if isinstance(self.compression, str) else self.compression.names()
             raise ValueError(
-                f"exactness '{self.exactness.value}' excludes lossy codecs, compression is "
-                f"{self.compression.model_dump()}; set exactness to 'lossy' or compression to 'none'"
+                f"exactness '{self.exactness.value}' excludes lossy codecs, compression has {names}; set exactness to "
+                "'lossy' or compression to 'none'"
             )
         if self.exactness is Exactness.EXACT and self.comm == _SUMS_ON_THE_WAY:
             raise ValueError(
@@ -134,7 +120,11 @@ class PlanMoEConfig(_Section):
         """The exactness in force: the one set, or what the codecs imply."""
         if self.exactness is not None:
             return self.exactness
-        return Exactness.REORDERED if self.compression.is_lossless() else Exactness.LOSSY
+        return Exactness.REORDERED if self._is_lossless else Exactness.LOSSY
+
+    @property
+    def _is_lossless(self) -> bool:
+        return isinstance(self.compression, CompressionConfig) and self.compression.is_lossless()
 
 
 def parse_config(section: object, where: str = '"planmoe"') -> PlanMoEConfig:
@@ -163,12 +153,22 @@ def find_section(settings: Mapping[str, Any], name: str) -> object:
     return settings.get(name)
 
 
+def _section_at(location: list[str]) -> type[Section]:
+    if not location:
+        return PlanMoEConfig
+    if location[0] == "guard":
+        return GuardConfig
+    return LinkNames if len(location) > 1 else CompressionConfig
+
+
 def _describe(where: str, problem: Mapping[str, Any]) -> str:
     """One pydantic error as a sentence: key, value, what is allowed."""
     location = [str(part) for part in problem["loc"]]
+    if location[:2] == ["compression", _SECTION]:
+        del location[1]
     path = ".".join([where, *location])
     if problem["type"] == "extra_forbidden":
-        model = CompressionConfig if location[:-1] == ["compression"] else PlanMoEConfig
+        model = _section_at(location[:-1])
         names = list(model.model_fields)
         nearest = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.4)
         hint = f"did you mean '{nearest[0]}'? " if nearest else ""

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from planmoe_ds.grouped import GroupedExperts
 from planmoe_ds.plan import ExpertLayout
+
+
+class Experts(Protocol):
+    """What runs on a chunk's rows.
+
+    takes_weights: experts multiply by their routes' weights themselves; else that is done where outputs are added up.
+    """
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether run() gets the routes' weights."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters of all local experts, each once, in a fixed order."""
+
+    def run(self, buffer: torch.Tensor, layout: ExpertLayout, weights: torch.Tensor | None) -> torch.Tensor:
+        """Buffer [rows, H] in `layout`, weights [rows] or None -> outputs [rows, H] in the same places."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,7 @@ class LocalExperts:
 
     modules: Sequence[nn.Module]
     padded: Callable[[torch.Tensor], torch.Tensor]
+    takes_weights: bool = False
     grouped: GroupedExperts | None = None
 
     def parameters(self) -> list[nn.Parameter]:
@@ -34,8 +53,9 @@ class LocalExperts:
         }  # experts may share parameters
         return [parameter for parameter in found.values() if parameter.requires_grad]
 
-    def run(self, buffer: torch.Tensor, layout: ExpertLayout) -> torch.Tensor:
+    def run(self, buffer: torch.Tensor, layout: ExpertLayout, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Buffer [rows, H] in `layout` -> the experts' outputs [rows, H] in the same places."""
+        assert weights is None
         if layout.padded_shape is not None:
             output = self.padded(buffer.reshape(*layout.padded_shape, buffer.shape[-1]))
             return _checked(output, buffer.shape[0], buffer.shape[1], self.modules[0])

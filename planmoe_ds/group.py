@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -24,12 +25,14 @@ from planmoe_ds.backend import (
     make_comm,
 )
 from planmoe_ds.choose import Choice, LayerTraffic, choose_comm
-from planmoe_ds.config import AUTO, Exactness, PlanMoEConfig
+from planmoe_ds.compression import AUTO
+from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.costs import ClusterCosts
 from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.probe import run_probe
 from planmoe_ds.threads import batch_threads
 from planmoe_ds.topology import Topology, find_topology
+from planmoe_ds.watchdog import Watchdog
 
 NUM_LINKS = 2  # process groups per set of ranks: one for the links inside nodes, one between them
 
@@ -75,7 +78,8 @@ class ExpertGroup:
     """A set of ranks with an all-to-all of its own; group ranks throughout.
 
     ledger: the launches of all groups of this process; number: this group's among them, the same on every rank;
-    choice: the all-to-all in use, and why.
+    choice: the all-to-all in use, and why; costs: of the cluster's links, where something is left to be chosen by them;
+    counts_width: int64 numbers that the widest counts of any layer take; watchdog: None in a world of one rank.
     """
 
     comm: Comm
@@ -83,6 +87,9 @@ class ExpertGroup:
     ledger: LaunchLedger
     number: int
     choice: Choice
+    costs: ClusterCosts | None = None
+    counts_width: int = 0
+    watchdog: Watchdog | None = None
 
     @property
     def rank(self) -> int:
@@ -112,6 +119,26 @@ class ExpertGroup:
         place = [nodes[:rank].count(node) for rank, node in enumerate(nodes)]
         padded = lists + [-1] * (self.size - len(lists))
         return torch.tensor([list_of_rank, padded, place], dtype=torch.int32).to(self.comm.device)
+
+    @contextmanager
+    def waiting(self, exchange: Exchange, what: str) -> Iterator[None]:
+        """Wait for an exchange inside; PlanMoEError, the same on every rank, when one of them cannot go on."""
+        if self.watchdog is None:
+            yield
+            return
+        with self.watchdog.waiting(self.number, exchange.number, what):
+            yield
+
+    @contextmanager
+    def working(self, what: str, phase: int) -> Iterator[None]:
+        """Start exchanges inside: of `phase` (see Comm.set_phase). An error that leaves is told to all ranks."""
+        self.comm.set_phase(phase)
+        with nullcontext() if self.watchdog is None else self.watchdog.reporting(what):
+            yield
+
+    def counts_filler(self, width: int) -> int:
+        """Numbers to add to counts of this width, so that those of all layers are equally wide."""
+        return max(0, self.counts_width - width)
 
     def launch_digests(self) -> list[int]:
         """For every rank, a digest of the order in which this one launched the exchanges of groups they share."""
@@ -189,19 +216,49 @@ def connect(
     distinct = sorted({tuple(ranks) for groups in everyone for ranks in groups.values()})
     topology = find_topology(config.ranks_per_node)
     loads = {tuple(my_groups[name]): load for name, load in (traffic or {}).items()}
-    choices = _choose(distinct, loads, topology, config, device)
+    costs = _probe(distinct, topology, config, device)
+    choices = _choose(distinct, loads, topology, config, costs)
     milliseconds = round(config.timeout_seconds * 1000) if config.timeout_seconds is not None else 0
     ledger = LaunchLedger(dist.get_world_size())
-    connected: dict[tuple[int, ...], ExpertGroup] = {}
+    mine = sorted({tuple(ranks) for ranks in my_groups.values()})
+    comms: dict[tuple[int, ...], Comm] = {}
     with batch_threads():
         made = {ranks: [dist.new_group(list(ranks), timeout=timeout) for _ in range(NUM_LINKS)] for ranks in distinct}
-        for ranks in sorted({tuple(ranks) for ranks in my_groups.values()}):
-            choice = choices[ranks]
+        for ranks in mine:
             nodes = list(topology.subset(ranks).node_of_rank)
-            comm = make_comm(choice.name, made[ranks], nodes, device, milliseconds)
-            connected[ranks] = ExpertGroup(comm, ranks, ledger, distinct.index(ranks), choice)
-            weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends
+            comms[ranks] = make_comm(choices[ranks].name, made[ranks], nodes, device, milliseconds)
+    numbers = {ranks: distinct.index(ranks) for ranks in mine}
+    watchdog = None
+    if dist.get_world_size() > 1:
+        members = {number: ranks for ranks, number in numbers.items()}
+        watchdog = Watchdog(list(comms.values()), members, config.timeout_seconds)
+    connected: dict[tuple[int, ...], ExpertGroup] = {}
+    for ranks, comm in comms.items():
+        width = _counts_width(comm, loads.get(ranks), config.chunks)
+        connected[ranks] = ExpertGroup(comm, ranks, ledger, numbers[ranks], choices[ranks], costs, width, watchdog)
+        weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends
     return {name: connected[tuple(ranks)] for name, ranks in my_groups.items()}
+
+
+def _counts_width(comm: Comm, load: LayerTraffic | None, num_chunks: int) -> int:
+    """Numbers that a rank tells a peer about a layer of at most so many experts and chunks; see plan.py's counts."""
+    if load is None:
+        return 0
+    per_chunk = load.num_experts // comm.size + 1 + max(1, comm.num_pieces)
+    if comm.passes_on:
+        largest = max(comm.node_of_rank.count(node) for node in comm.node_of_rank)
+        per_chunk += comm.num_pieces * (1 + largest)
+    return num_chunks * per_chunk
+
+
+def _probe(
+    distinct: list[tuple[int, ...]], topology: Topology, config: PlanMoEConfig, device: torch.device
+) -> ClusterCosts | None:
+    """What the links cost, where "auto" needs to know."""
+    crosses = any(topology.subset(ranks).num_nodes > 1 for ranks in distinct)
+    if (config.comm == AUTO and crosses) or (config.compression == AUTO and topology.num_ranks > 1):
+        return run_probe(device, topology).costs
+    return None
 
 
 def _choose(
@@ -209,9 +266,9 @@ def _choose(
     loads: dict[tuple[int, ...], LayerTraffic],
     topology: Topology,
     config: PlanMoEConfig,
-    device: torch.device,
+    costs: ClusterCosts | None,
 ) -> dict[tuple[int, ...], Choice]:
-    """The all-to-all of every group that this rank is in, or might be asked about; probes the links where "auto" must.
+    """The all-to-all of every group that this rank is in, or might be asked about.
 
     Every rank decides alike, because all have the same costs and a group's ranks have the same layers.
     """
@@ -219,9 +276,6 @@ def _choose(
         return dict.fromkeys(distinct, Choice(config.comm, "as the config says", {}))
     choices = dict.fromkeys(distinct, Choice("direct", "direct: no layer's traffic is known", {}))
     exact = config.resolved_exactness is Exactness.EXACT
-    costs: ClusterCosts | None = None
-    if any(topology.subset(ranks).num_nodes > 1 for ranks in distinct):
-        costs = run_probe(device, topology).costs
     for ranks, load in loads.items():
         places = topology.subset(ranks)
         if places.num_nodes == 1 or costs is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
@@ -18,10 +18,21 @@ def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
         sys.meta_path.insert(0, _Finder(name, action))
 
 
+def forget(name: str, action: Callable[[ModuleType], None]) -> None:
+    """Take back a when_imported() of a module that has not been imported; nothing when there was none."""
+    pending = [finder for finder in sys.meta_path if isinstance(finder, _Finder) and finder.waits_for(name, action)]
+    for finder in pending:
+        sys.meta_path.remove(finder)
+
+
 class _Finder(MetaPathFinder):
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self._name = name
         self._action = action
+
+    def waits_for(self, name: str, action: Callable[[ModuleType], None]) -> bool:
+        """Whether this came from when_imported(name, action)."""
+        return self._name == name and self._action == action
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -29,7 +40,9 @@ class _Finder(MetaPathFinder):
         if fullname != self._name:
             return None
         sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(fullname, path, target)
+        others = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]  # one may wait for it as well
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self._action)
         return spec

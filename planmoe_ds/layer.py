@@ -6,16 +6,24 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank (
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from planmoe_ds import __version__
+from planmoe_ds.codecs import Codecs
+from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig
-from planmoe_ds.experts import LocalExperts
+from planmoe_ds.experts import Experts, LocalExperts
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.grouped import GroupedExperts, recognise
-from planmoe_ds.pipeline import Codecs, LayerCall, run_experts
-from planmoe_ds.plan import Header, PlanRequest, Routes, build_plan
+from planmoe_ds.guard import Meter, QualityGuard
+from planmoe_ds.headers import PLAN_PHASE, Header, digest, dtype_code, phase_now
+from planmoe_ds.pipeline import LayerCall, run_experts
+from planmoe_ds.plan import PlanRequest, Routes, RoutingPlan, build_plan
+from planmoe_ds.plan_store import PlanStore
+from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, order_rows
 from planmoe_ds.wire import token_columns
@@ -23,23 +31,42 @@ from planmoe_ds.wire import token_columns
 
 @dataclass(kw_only=True)
 class ExpertParallelLayer:
-    """One MoE layer's dispatch, experts and combine; holds nothing of a call in flight."""
+    """One MoE layer's dispatch, experts and combine; holds nothing of a call in flight.
+
+    place_of_source: in which order the rows of the group's ranks lie before an expert; None: by rank.
+    """
 
     index: int
     config: PlanMoEConfig
     group: ExpertGroup
     codecs: Codecs
     recorder: Recorder
+    place_of_source: tuple[int, ...] | None = None
+    guard: QualityGuard | None = None  # its codecs are in force, where there is one
     _leaves_checked: bool = field(default=False, init=False)
     _grouped: GroupedExperts | None = field(default=None, init=False)  # of the last experts
     _modules: tuple[nn.Module, ...] = field(default=(), init=False)
+    _num_calls: int = field(default=0, init=False)
+    _planner: LayerPlanner = field(init=False)
 
-    def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts) -> torch.Tensor:
+    def __post_init__(self) -> None:
+        config = self.config
+        store = None
+        if config.plans is not None:
+            codecs = AUTO if isinstance(config.compression, str) else config.compression.describe()
+            words = f"{config.comm}, {config.chunks} chunks by {config.chunk_by.value}, codecs {codecs}"
+            store = PlanStore(Path(config.plans), self.index, words)
+        self._planner = LayerPlanner(config.scheduler, self.group, self.num_chunks, config.max_in_flight, store)
+
+    def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts) -> torch.Tensor:
         """Tokens [T, H] and the router's decision -> the weighted sum of the experts' outputs, [T, H]."""
         if self.config.resolved_exactness is not Exactness.EXACT:
             return self._run(tokens_TH, routes, experts, None)
         order = self.order(routes)
-        return combine(self._run(tokens_TH, routes, experts, order), order.row_of_route_KT, routes.weight_KT)
+        rows_NH = self._run(tokens_TH, routes, experts, order)
+        if experts.takes_weights:
+            return add_up(rows_NH, order.token_N, tokens_TH.shape[0])
+        return combine(rows_NH, order.row_of_route_KT, routes.weight_KT)
 
     def order(self, routes: Routes) -> RowOrder:
         """The order of this rank's rows."""
@@ -48,16 +75,14 @@ class ExpertParallelLayer:
             routes.expert_KT, routes.slot_KT, routes.num_experts, self.num_chunks, config.chunk_by, self.group.size
         )
 
-    def route_outputs(self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts) -> torch.Tensor:
+    def route_outputs(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts) -> torch.Tensor:
         """Tokens [T, H] that have one route each -> the experts' outputs [T, H], not weighted."""
         order = self.order(routes)
         return self._run(tokens_TH, routes, experts, order).index_select(0, order.row_of_route_KT)
 
-    def _run(
-        self, tokens_TH: torch.Tensor, routes: Routes, experts: LocalExperts, order: RowOrder | None
-    ) -> torch.Tensor:
+    def _run(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts, order: RowOrder | None) -> torch.Tensor:
         columns = token_columns(routes.expert_KT, routes.weight_KT, routes.num_experts, order)
-        header = Header(self.index, tokens_TH.shape[1], tokens_TH.element_size(), routes.expert_KT.shape[0])
+        header = self._header(tokens_TH, routes)
         request = PlanRequest(
             num_chunks=self.num_chunks,
             chunk_by=self.config.chunk_by,
@@ -65,28 +90,68 @@ class ExpertParallelLayer:
             row_bytes=tokens_TH.shape[1] * tokens_TH.element_size(),
             padded_capacity=routes.capacity if self._recreates_padding else None,
             row_order=order,
+            place_of_source=self.place_of_source,
+            notes=self._notes(tokens_TH),
         )
         label = Label("plan", self.index, -1, "forward")
-        plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
+        with self.group.working(label.describe(), PLAN_PHASE):
+            plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
         keep_graph = torch.is_grad_enabled()
+        codecs, meter = self._agreed_codecs(plan, tokens_TH.dtype, keep_graph)
         check_leaves = keep_graph and not self._leaves_checked
-        token_N = None if order is None else order.token_N
         call = LayerCall(
-            plan, columns, tokens_TH.shape[1], tokens_TH.dtype, self._with_groups(experts), self.group, self.codecs,
-            self.recorder, self.index, token_N, keep_graph, check_leaves,
+            plan, columns, tokens_TH.shape[1], tokens_TH.dtype, self._with_groups(experts, tokens_TH.device),
+            self.group, codecs, self.recorder, self.index, order, keep_graph, check_leaves, self._planner.next_call(),
+            meter,
         )  # fmt: skip
         result = run_experts(tokens_TH.contiguous(), routes.weight_KT, call)
         self._leaves_checked |= check_leaves
         return result
 
-    def _with_groups(self, experts: LocalExperts) -> LocalExperts:
+    def _with_groups(self, experts: Experts, device: torch.device) -> Experts:
         """The experts with what is known of running them together, looked up once; exact results do without."""
-        if self.config.resolved_exactness is Exactness.EXACT:
+        if device.type == "cpu" or self.config.resolved_exactness is Exactness.EXACT:
+            return experts
+        if not isinstance(experts, LocalExperts) or experts.takes_weights:
             return experts
         modules = tuple(experts.modules)
         if modules != self._modules:
             self._modules, self._grouped = modules, recognise(modules)
         return replace(experts, grouped=self._grouped)
+
+    def _header(self, tokens_TH: torch.Tensor, routes: Routes) -> Header:
+        self._num_calls += 1
+        return Header(
+            layer=self.index,
+            phase=phase_now(),
+            call=self._num_calls - 1,
+            num_chunks=self.num_chunks,
+            hidden_size=tokens_TH.shape[1],
+            dtype=dtype_code(tokens_TH.dtype),
+            routes_per_token=routes.expert_KT.shape[0],
+            num_experts=routes.num_experts,
+            settings=digest(f"{__version__} {self.config.model_dump_json()}"),
+        )
+
+    def _notes(self, tokens_TH: torch.Tensor) -> tuple[int, ...]:
+        """For the other ranks: whether tokens must travel raw, for want of a codec that fits, and codecs' errors."""
+        codecs = self.codecs if self.guard is None else self.guard.codecs
+        raw = 0 if codecs.dispatch.fit(tokens_TH) else 1
+        return (raw,) if self.guard is None else (raw, *self.guard.notes())
+
+    def _agreed_codecs(self, plan: RoutingPlan, dtype: torch.dtype, trains: bool) -> tuple[Codecs, Meter | None]:
+        """The codecs of a call, the same on all ranks of the group; with a meter if they are to be measured."""
+        raw, *errors = plan.notes
+        codecs, meter = self.codecs, None
+        if self.guard is not None:
+            codecs = self.guard.follow(errors, dtype, speaks=self.group.rank == 0)
+            meter = self.guard.next_step() if trains else None
+        return codecs.with_raw_tokens() if raw else codecs, meter
+
+    @property
+    def planner(self) -> LayerPlanner:
+        """Decides the order of this layer's tasks."""
+        return self._planner
 
     @property
     def num_chunks(self) -> int:
@@ -110,3 +175,8 @@ def combine(rows_NH: torch.Tensor, row_of_route_KT: torch.Tensor, weight_KT: tor
     with_zero_row = torch.cat([rows_NH, rows_NH.new_zeros((1, hidden))])
     routed_KTH = with_zero_row.index_select(0, row_of_route_KT).view(num_routes, num_tokens, hidden)
     return (routed_KTH * weight_KT.unsqueeze(-1)).sum(0).to(rows_NH.dtype)
+
+
+def add_up(rows_NH: torch.Tensor, token_N: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Sum of every token's rows, [T, H] in the rows' dtype, row after row; token_N: int64 [N]."""
+    return rows_NH.new_zeros((num_tokens, rows_NH.shape[1])).index_add(0, token_N, rows_NH)

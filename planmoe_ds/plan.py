@@ -7,7 +7,7 @@ C capacity (slots per expert and source rank). Near ranks are on this rank's nod
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from planmoe_ds.backend import (
     routes_on_device,
 )
 from planmoe_ds.config import ChunkBy
-from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.group import ExpertGroup
+from planmoe_ds.headers import Header, check_headers, check_launches
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, RowTrip, plan_row_trip
 
@@ -35,14 +35,14 @@ class Routes:
     """The router's decision.
 
     expert_KT: integer, NO_ROUTE for dropped routes; slot_KT: integer place in the expert's capacity, unique per
-    expert; weight_KT: floating point; num_experts: E; capacity: C.
+    expert; weight_KT: floating point; num_experts: E; capacity: C, None where the framework pads nothing.
     """
 
     expert_KT: torch.Tensor
     slot_KT: torch.Tensor
     weight_KT: torch.Tensor
     num_experts: int
-    capacity: int
+    capacity: int | None
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class RoutingPlan:
     chunks: tuple[ChunkPlan, ...]
     first_expert: int  # of this rank
     experts_per_rank: int
+    notes: tuple[int, ...]  # the largest of what the ranks of the group noted, by place
 
     def routes(self, chunk: ChunkPlan, offset: int, top_k: int, id_bytes: int) -> RowRoutes:
         """How rows say which experts want them, with K expert numbers from column `offset` on."""
@@ -126,16 +127,6 @@ class RoutingPlan:
         )
 
 
-@dataclass(frozen=True)
-class Header:
-    """What the ranks of a group must have in common for one layer call; travels with the counts."""
-
-    layer: int
-    hidden_size: int
-    bytes_per_value: int
-    routes_per_token: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
     """What a plan is made from, besides the routes. row_bytes: of one token on the wire between nodes."""
@@ -146,6 +137,8 @@ class PlanRequest:
     row_bytes: int
     padded_capacity: int | None  # slots per expert and source rank to re-create in the buffer; None: ragged
     row_order: RowOrder | None  # set: expert outputs travel back row by row
+    place_of_source: tuple[int, ...] | None = None  # of each source's rows among those for an expert; None: by rank
+    notes: tuple[int, ...] = ()  # numbers to tell the other ranks; as many on every rank
 
 
 def build_plan(
@@ -161,14 +154,15 @@ def build_plan(
     Raises PlanMoEMismatchError when ranks are in different layers or launched their exchanges in different orders.
     """
     device, chunks = expert_KT.device, range(request.num_chunks)
-    found = _order_on_device if routes_on_device(expert_KT) else _order_on_host
-    order, received = found(expert_KT, num_experts, group, request, recorder, label)
-    drafts = [_draft_chunk(chunk, order, received, group, request) for chunk in chunks]
+    agree = _agree_on_device if routes_on_device(expert_KT) else _agree_on_host
+    agreed = agree(expert_KT, num_experts, group, request, recorder, label)
+    order = agreed.order
+    drafts = [_draft_chunk(chunk, order, agreed.received, group, request) for chunk in chunks]
     tables = _upload(drafts, device) if routes_on_device(expert_KT) else [None] * len(drafts)
     num_tokens = expert_KT.shape[1]
     planned = [_plan_chunk(chunk, num_tokens, order, drafts[chunk], tables[chunk], request, device) for chunk in chunks]
     experts_per_rank = num_experts // group.size
-    return RoutingPlan(tuple(planned), group.rank * experts_per_rank, experts_per_rank)
+    return RoutingPlan(tuple(planned), group.rank * experts_per_rank, experts_per_rank, agreed.notes)
 
 
 @dataclass(frozen=True)
@@ -186,60 +180,71 @@ class _Order:
     far_return: torch.Tensor | None = None
 
 
-def _order_on_host(
+@dataclass(frozen=True)
+class _Agreement:
+    """What this rank sends, what it receives, and the largest of everybody's notes."""
+
+    order: _Order
+    received: _Counts
+    notes: tuple[int, ...]
+
+
+def _agree_on_host(
     expert_KT: torch.Tensor,
     num_experts: int,
     group: ExpertGroup,
     request: PlanRequest,
     recorder: Recorder,
     label: Label,
-) -> tuple[_Order, _Counts]:
+) -> _Agreement:
     order = order_tokens(expert=expert_KT.long().cpu().contiguous(), **_order_settings(num_experts, group, request))
     sent = _counts(order, group.size, group.comm.passes_on)
-    lines = _first_columns(request.header, group)
-    message = torch.cat([lines, sent.pack()], dim=1)
-    received = _exchange_message(message.to(expert_KT.device), group, recorder, label).cpu()
-    _check_first_columns(received, lines, request.header, group)
+    opening, counts = _opening(request, group), sent.pack()
+    filler = counts.new_zeros((group.size, group.counts_filler(counts.shape[1])))
+    message = torch.cat([opening, counts, filler], dim=1)
+    _, received = _exchange_message(message.to(expert_KT.device), group, recorder, label)
+    notes = _check_opening(received, opening, request, group)
     tokens = _Order(order.near_token, order.far_token, order.near_sent, order.far_sent)
-    return tokens, _unpack(received[:, lines.shape[1] :], [values.shape for values in sent.values()])
+    counts_of = _unpack(received[:, opening.shape[1] :], [values.shape for values in sent.values()])
+    return _Agreement(tokens, counts_of, notes)
 
 
-def _order_on_device(
+def _agree_on_device(
     expert_KT: torch.Tensor,
     num_experts: int,
     group: ExpertGroup,
     request: PlanRequest,
     recorder: Recorder,
     label: Label,
-) -> tuple[_Order, _Counts]:
+) -> _Agreement:
     """The same without the host, which waits once, for the counts of all ranks."""
     shapes = _count_shapes(num_experts, group, request.num_chunks)
-    lines = _first_columns(request.header, group)
-    first_column, width = lines.shape[1], sum(shape[1:].numel() for shape in shapes)
-    message = torch.zeros((group.size, first_column + width + 1), dtype=torch.int64, pin_memory=True)
-    message[:, :first_column] = lines
-    message = message.to(expert_KT.device, non_blocking=True)
+    opening = _opening(request, group)
+    first, width = opening.shape[1], sum(shape[1:].numel() for shape in shapes)
+    invalid_column = first + width  # the first of the filler, on every rank
+    columns = invalid_column + 1 + group.counts_filler(width)
+    blank = torch.zeros((group.size, columns), dtype=torch.int64, pin_memory=True)
+    blank[:, :first] = opening
+    message = blank.to(expert_KT.device, non_blocking=True)
     ordered = order_tokens_on_device(
         expert=expert_KT,
         **_order_settings(num_experts, group, request),
         tables=group.routing_tables,
         message=message,
-        first_column=first_column,
+        first_column=first,
     )
-    received = _exchange_message(message, group, recorder, label)
-    both = message.unsqueeze(0) if received is message else torch.stack([message, received])
-    both = both.cpu()  # the one host copy of a layer call
-    invalid = int(both[0, 0, -1])
+    mine, theirs = _exchange_message(message, group, recorder, label)
+    invalid = int(mine[0, invalid_column])
     if invalid:
         raise ValueError(f"{invalid} routes lead to experts that do not exist, there are {num_experts}")
-    _check_first_columns(both[-1], lines, request.header, group)
-    sent, arrived = (_unpack(side[:, first_column:], shapes) for side in (both[0], both[-1]))
+    notes = _check_opening(theirs, opening, request, group)
+    sent, received = (_unpack(side[:, first:], shapes) for side in (mine, theirs))
     far_sent = (sent.far_PXB if sent.passed_PXB is None else sent.passed_PXB).transpose(0, 1)
     near_sent = sent.near_PX.t()
     sizes = torch.stack([near_sent.sum(1), far_sent.sum((1, 2))], dim=1).flatten().tolist()
     pieces = ordered.tokens[: sum(sizes)].split(sizes)
     order = _Order(list(pieces[::2]), list(pieces[1::2]), near_sent, far_sent, ordered.near_return, ordered.far_return)
-    return order, arrived
+    return _Agreement(order, received, notes)
 
 
 def _order_settings(num_experts: int, group: ExpertGroup, request: PlanRequest) -> dict[str, Any]:
@@ -305,42 +310,39 @@ def _counts(order: TokenOrder, num_ranks: int, passes_on: bool) -> _Counts:
     return _Counts(experts, near, far, order.far_sent.transpose(0, 1), order.fan.transpose(0, 1))
 
 
-def _first_columns(header: Header, group: ExpertGroup) -> torch.Tensor:
-    """What a message starts with, int64 [P, 5]: the peer's launches as it should have them, and the header."""
+def _opening(request: PlanRequest, group: ExpertGroup) -> torch.Tensor:
+    """What a message starts with, int64 [P, width]: the peer's launches as it should have them, header, notes."""
     launches = torch.tensor(group.launch_digests()).unsqueeze(1)
-    return torch.cat([launches, torch.tensor([astuple(header)]).expand(group.size, -1)], dim=1)
+    shared = torch.cat([request.header.pack(), torch.tensor(request.notes, dtype=torch.int64)])
+    return torch.cat([launches, shared.expand(group.size, -1)], dim=1)
 
 
-def _exchange_message(message: torch.Tensor, group: ExpertGroup, recorder: Recorder, label: Label) -> torch.Tensor:
+def _check_opening(
+    received: torch.Tensor, opening: torch.Tensor, request: PlanRequest, group: ExpertGroup
+) -> tuple[int, ...]:
+    """Compare all ranks' messages, int64 [P, width], with this rank's opening; the largest of everybody's notes."""
+    header, first_count = request.header, opening.shape[1]
+    first_note = first_count - len(request.notes)
+    check_headers(received[:, 1:first_note].tolist(), header, group.global_ranks)
+    check_launches(received[:, :1], opening[:, :1], header.layer, group.global_ranks, group.rank)
+    return tuple(received[:, first_note:first_count].amax(0).tolist())
+
+
+def _exchange_message(
+    message: torch.Tensor, group: ExpertGroup, recorder: Recorder, label: Label
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's message, int64 [P, width], and what its peers sent it, both on the CPU."""
     ones = [1] * group.size
     arrival = group.exchange(message, ones, ones)
-    if arrival.exchange is not None:
-        recorder.wait(arrival.exchange, label)
-    return arrival.rows
-
-
-def _check_first_columns(received: torch.Tensor, mine: torch.Tensor, header: Header, group: ExpertGroup) -> None:
-    _check_headers(received[:, 1 : mine.shape[1]].tolist(), header, group)
-    _check_launches(received[:, :1], mine[:, :1], header.layer, group)
-
-
-def _check_headers(received: list[list[int]], mine: Header, group: ExpertGroup) -> None:
-    headers = [Header(*values) for values in received]
-    for name in (field.name for field in fields(Header)):
-        values = [getattr(header, name) for header in headers]
-        if any(value != getattr(mine, name) for value in values):
-            who = ", ".join(f"rank {rank}: {value}" for rank, value in zip(group.global_ranks, values, strict=True))
-            raise PlanMoEMismatchError(f"ranks of one expert-parallel group disagree on {name}: {who}")
-
-
-def _check_launches(received: torch.Tensor, mine: torch.Tensor, layer: int, group: ExpertGroup) -> None:
-    differing = [group.global_ranks[place] for place in (received != mine).any(1).nonzero().flatten().tolist()]
-    if differing:
-        raise PlanMoEMismatchError(
-            f"before layer {layer}, rank {group.global_ranks[group.rank]} launched the exchanges that it shares with "
-            f"ranks {differing} in another order than they did: two in flight could wait for each other for ever. "
-            "Every rank must call the same layers in the same order"
-        )
+    if arrival.exchange is None:
+        message = message.cpu()
+        return message, message
+    recorder.wait(arrival.exchange, label, group)
+    with group.waiting(arrival.exchange, label.describe()):  # here the host waits for accelerators
+        if message.device.type == "cpu":
+            return message, arrival.rows
+        sent, received = torch.stack([message, arrival.rows]).cpu()  # the one host copy of a layer call
+        return sent, received
 
 
 @dataclass(frozen=True)
@@ -390,7 +392,7 @@ def _draft_chunk(chunk: int, order: _Order, received: _Counts, group: ExpertGrou
         fan=[] if received.fan_PXBG is None else received.fan_PXBG[:, chunk].flatten().tolist(),
     )
     near_entries = int(counts_PL[group.is_near].sum())
-    layout, base_PL = _lay_out(counts_PL, request.padded_capacity)
+    layout, base_PL = _lay_out(counts_PL, request.padded_capacity, request.place_of_source)
     return _Draft(
         itinerary,
         (near_received.tolist(), far_received.sum(1).tolist()),
@@ -442,9 +444,15 @@ def _plan_chunk(
     return ChunkPlan(draft.itinerary, near, far, tokens, experts, draft.base_PL.flatten().tolist(), layout, rows)
 
 
-def _lay_out(counts_PL: torch.Tensor, padded_capacity: int | None) -> tuple[ExpertLayout, torch.Tensor]:
+def _lay_out(
+    counts_PL: torch.Tensor, padded_capacity: int | None, place_of_source: tuple[int, ...] | None = None
+) -> tuple[ExpertLayout, torch.Tensor]:
     """The buffer's layout, and where each source's rows for each expert start in it, [P, L]."""
     num_sources, num_local = counts_PL.shape
+    if place_of_source is not None:
+        place = torch.tensor(place_of_source)
+        layout, base_PL = _lay_out(counts_PL[place.argsort()], padded_capacity)
+        return layout, base_PL[place]
     rows_of_expert = tuple(counts_PL.sum(0).tolist())
     if padded_capacity is None:
         by_expert = counts_PL.t().reshape(-1)

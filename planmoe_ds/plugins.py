@@ -1,12 +1,12 @@
-"""All-to-alls and compressors written in Python: one class each, registered here or through a package's entry points.
+"""All-to-alls, compressors and schedulers written in Python: one class each, registered here or by a package.
 
 A package that is not imported by the training script names its classes in its pyproject.toml:
 
     [project.entry-points."planmoe_ds.comms"]
     ring = "my_package.ring:Ring"
 
-(`planmoe_ds.compressors` for compressors). A class is imported when it is first asked for by name. Every rank must have
-the same ones.
+(`planmoe_ds.compressors` for compressors, `planmoe_ds.schedulers` for schedulers).
+A class is imported when it is first asked for by name. Every rank must have the same ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,22 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
 from planmoe_ds.native import _C
+from planmoe_ds.scheduling.abstract import AbstractScheduler
+from planmoe_ds.scheduling.optimal import OptimalScheduler
+from planmoe_ds.scheduling.pipelined import PipelinedScheduler
+from planmoe_ds.scheduling.sequential import SequentialScheduler
+
+__all__ = [
+    "PLUGINS",
+    "AbstractComm",
+    "AbstractCompressor",
+    "AbstractScheduler",
+    "PluginRegistry",
+    "Plugins",
+    "register_comm",
+    "register_compressor",
+    "register_scheduler",
+]
 
 AbstractComm = _C.Comm
 AbstractCompressor = _C.Compressor
@@ -47,7 +63,8 @@ class PluginRegistry(Generic[_Base]):
             )
         if not (isinstance(plugin, type) and issubclass(plugin, self._base)):
             raise ValueError(  # noqa: TRY004
-                f"{self._kind} '{name}' is {plugin!r}, expected a subclass of planmoe_ds.Abstract{self._base.__name__}"
+                f"{self._kind} '{name}' is {plugin!r}, expected a subclass of planmoe_ds.Abstract"
+                f"{self._base.__name__.removeprefix('Abstract')}"
             )
         path = f"{plugin.__module__}:{plugin.__qualname__}"
         if name in self._built_in() or self._classes.get(name, plugin) is not plugin:
@@ -101,6 +118,10 @@ class Plugins:
         self.compressors = PluginRegistry(
             "compressor", AbstractCompressor, "planmoe_ds.compressors", _C.compressor_names
         )
+        self.schedulers = PluginRegistry("scheduler", AbstractScheduler, "planmoe_ds.schedulers", list)
+        self.schedulers.add("sequential", SequentialScheduler)
+        self.schedulers.add("pipelined", PipelinedScheduler)
+        self.schedulers.add("optimal", OptimalScheduler)
 
 
 PLUGINS = Plugins()
@@ -121,6 +142,16 @@ def register_compressor(name: str) -> Callable[[_Class], _Class]:
 
     def register(plugin: _Class) -> _Class:
         PLUGINS.compressors.add(name, plugin)
+        return plugin
+
+    return register
+
+
+def register_scheduler(name: str) -> Callable[[_Class], _Class]:
+    """Make a subclass of AbstractScheduler known as `name`; ValueError when that is taken or no good name."""
+
+    def register(plugin: _Class) -> _Class:
+        PLUGINS.schedulers.add(name, plugin)
         return plugin
 
     return register

@@ -7,11 +7,15 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from planmoe_ds.backend import Clock, Exchange, Stamp
 from planmoe_ds.trace import Lane, Phase, Span
+
+if TYPE_CHECKING:
+    from planmoe_ds.group import ExpertGroup
 
 MAX_PENDING = 1 << 14  # events kept when nobody asks for them
 
@@ -42,6 +46,28 @@ class Label:
     chunk: int
     phase: Phase
 
+    def describe(self) -> str:
+        """Words such as "layer 3 forward, dispatch of chunk 1"."""
+        of_chunk = f" of chunk {self.chunk}" if self.chunk >= 0 else ""
+        return f"layer {self.layer} {self.phase}, {self.name}{of_chunk}"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A measured codec: ||decoded - x|| / ||x||, the largest of a group's ranks; `retreat`: what it gave way to, if so.
+
+    step: training calls of the layer before the measured one; direction: "dispatch", "combine", "gradients"; link:
+    "near", "far", "inner" (partial sums).
+    """
+
+    step: int
+    layer: int
+    direction: str
+    link: str
+    codec: str
+    error: float
+    retreat: str | None
+
 
 class Recorder:
     """Collects events of one rank; thread-safe, because backward runs on autograd's thread."""
@@ -55,6 +81,7 @@ class Recorder:
         self._stock_bytes = 0
         self._num_exchanges = 0
         self._trace: list[Span] | None = None
+        self._qualities: deque[Quality] = deque(maxlen=MAX_PENDING)
 
     @contextmanager
     def span(self, lane: Lane, label: Label) -> Iterator[None]:
@@ -63,9 +90,9 @@ class Recorder:
         yield
         self._spans.append((label, lane, start, self._clock.stamp()))
 
-    def wait(self, exchange: Exchange, label: Label) -> None:
-        """Wait for `exchange`, recording how long that took and when it ran."""
-        with self.span("wait", label):
+    def wait(self, exchange: Exchange, label: Label, group: ExpertGroup) -> None:
+        """Wait for `exchange` of `group`, recording how long that took and when it ran."""
+        with self.span("wait", label), group.waiting(exchange, label.describe()):
             exchange.wait()
         with self._lock:
             self._exchanges.append((label, exchange))
@@ -76,6 +103,16 @@ class Recorder:
         """Add what the framework's own all-to-all would have sent."""
         with self._lock:
             self._stock_bytes += count
+
+    def add_quality(self, quality: Quality) -> None:
+        """Add what the quality guard found."""
+        self._qualities.append(quality)
+
+    def take_qualities(self) -> list[Quality]:
+        """What the quality guard found since the last call."""
+        found = list(self._qualities)
+        self._qualities.clear()
+        return found
 
     def take(self) -> StepStats:
         """Totals since the last call, then start from zero; on an accelerator this waits for the recorded work."""

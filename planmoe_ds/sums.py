@@ -42,11 +42,9 @@ class Sums:
         else:
             self._add_rows(chunk, rows)
 
-    def values(self) -> torch.Tensor:
-        """[T, H], in the dtype of the rows."""
-        if self._values is None:
-            return self._new_zeros(self._wire.hidden, self._wire.dtype)
-        return self._values.to(self._wire.dtype)
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """[T, H]."""
+        return self._new_zeros(self._wire.hidden, dtype) if self._values is None else self._values.to(dtype)
 
     def extra(self) -> torch.Tensor:
         """[T, K]."""

@@ -42,6 +42,7 @@ class TensorParallelSplit:
         return result
 
     def _part(self, routes: Routes, rank: int) -> Routes:
+        assert routes.capacity is not None
         share = -(-routes.capacity // self.size)
         owned = torch.div(routes.slot_KT, share, rounding_mode="floor") == rank
         expert = torch.where(owned, routes.expert_KT, torch.full_like(routes.expert_KT, NO_ROUTE))

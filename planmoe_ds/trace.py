@@ -46,16 +46,23 @@ def write_chrome_trace(spans: Iterable[Span], path: str | Path, rank: int = 0) -
     """
     ordered = _checked(spans)
     origin_ns = min((span.start_ns for span in ordered), default=0)
-    events: list[dict[str, object]] = [
-        {"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}}
-    ]
-    for lane in _lanes_of(ordered):
-        thread = {"ph": "M", "pid": rank, "tid": LANES.index(lane)}
-        events.append({**thread, "name": "thread_name", "args": {"name": lane}})
-        events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": LANES.index(lane)}})
-    events.extend(_complete_event(span, origin_ns, rank) for span in ordered)
+    events = chrome_events(ordered, rank, f"rank {rank}", origin_ns)
     text = json.dumps({"displayTimeUnit": "ms", "traceEvents": events}, indent=1)
     Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def chrome_events(spans: Iterable[Span], process: int, name: str, origin_ns: int) -> list[dict[str, object]]:
+    """One process's events, times in µs from `origin_ns`; ValueError as for write_chrome_trace."""
+    ordered = _checked(spans)
+    events: list[dict[str, object]] = [
+        {"ph": "M", "name": "process_name", "pid": process, "tid": 0, "args": {"name": name}}
+    ]
+    for lane in _lanes_of(ordered):
+        thread = {"ph": "M", "pid": process, "tid": LANES.index(lane)}
+        events.append({**thread, "name": "thread_name", "args": {"name": lane}})
+        events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": LANES.index(lane)}})
+    events.extend(_complete_event(span, origin_ns, process) for span in ordered)
+    return events
 
 
 def draw_timeline(spans: Iterable[Span], path: str | Path, title: str) -> None:

@@ -9,7 +9,9 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -25,32 +27,16 @@ from planmoe_ds.backend import (
     make_compressor,
     spread_rows,
 )
+from planmoe_ds.codecs import LinkCodecs
+from planmoe_ds.compression import NONE
 from planmoe_ds.group import ExpertGroup, SidedArrival, SideRows, Sides
 from planmoe_ds.plan import ChunkPlan, RoutingPlan, SidePlan
 from planmoe_ds.rows import RowOrder
 
+Launch = Callable[[], SidedArrival]  # starts an exchange of rows that are packed already
 _MOST_SHORT_IDS = 1 << 15
 _DEVICE_BYTES = 16  # accelerators read that much at once, so rows there start at multiples of it
 _NO_ROUTES = RowRoutes()  # ranks that pass rows on know them from the tokens' way out
-
-
-@dataclass(frozen=True)
-class LinkCodecs:
-    """The compressor of each kind of link, for one direction.
-
-    near: to the ranks of this node; far: between nodes; inner: sums on their way to the rank that adds up its node's
-    before they go on.
-    """
-
-    near: Compressor
-    far: Compressor
-    inner: Compressor
-
-    @classmethod
-    def everywhere(cls, name: str) -> LinkCodecs:
-        """One codec for both kinds of links; what is summed up on the way is encoded once, where it is complete."""
-        codec = make_compressor(name)
-        return cls(codec, codec, make_compressor("none"))
 
 
 @dataclass(frozen=True)
@@ -120,7 +106,8 @@ class Wire:
     """One direction's encoding of a layer call's rows: H values of `dtype`.
 
     stays_here: this rank is alone and no direction of the call encodes anything, so rows are not copied to a wire:
-    row t is token t.
+    row t is token t. measure: called with the link ("near", "far", "inner"), its codec and the rows that it encodes, if
+    quality is asked.
     """
 
     group: ExpertGroup
@@ -128,19 +115,21 @@ class Wire:
     codecs: LinkCodecs
     hidden: int
     dtype: torch.dtype
-    stays_here: bool
+    stays_here: bool = False
+    measure: Callable[[str, Compressor, torch.Tensor], None] | None = None
 
-    def send_tokens(self, chunk: ChunkPlan, tokens: torch.Tensor, columns: TokenColumns | None) -> SidedArrival:
-        """Start a chunk's tokens [T, H] on their way; without columns they go where the last ones with columns went."""
+    def send_tokens(self, chunk: ChunkPlan, tokens: torch.Tensor, columns: TokenColumns | None) -> Launch:
+        """Pack a chunk's tokens [T, H] to be sent; without columns they go where the last ones with columns went."""
         if self.stays_here:
             rows = tokens.view(torch.uint8)
-            return SidedArrival(Sides(rows, rows[:0]), None)
+            return partial(SidedArrival, Sides(rows, rows[:0]), None)
+        self._measure_rows(tokens, chunk.near.token, chunk.far.token)
         send = Sides(
             self._token_rows(chunk.near, tokens, columns, self.codecs.near),
             self._token_rows(chunk.far, tokens, columns, self.codecs.far),
         )
         routes = _NO_ROUTES if columns is None else self._routes(chunk, columns, self.codecs.far)
-        return self.group.dispatch(send, chunk.itinerary, routes)
+        return partial(self.group.dispatch, send, chunk.itinerary, routes)
 
     def find_spreads(self, chunk: ChunkPlan, rows: Sides, columns: TokenColumns) -> Spreads:
         """Read the columns of arrived tokens."""
@@ -162,6 +151,24 @@ class Wire:
         spread_rows(self.codecs.far, rows.far, spreads.far, weighted, buffer)
         return buffer
 
+    def route_weights(self, chunk: ChunkPlan, spreads: Spreads, columns: TokenColumns) -> torch.Tensor:
+        """The weight of the route behind each row of the experts' buffer, [rows]; zero in empty slots."""
+        sides = (spreads.near, spreads.far)
+        weights = sides[0].weight.new_zeros(chunk.layout.num_rows)
+        for side in sides:
+            weights[side.target] = side.weight
+        return weights.to(columns.weight_dtype)
+
+    def by_route(self, spreads: Spreads, values: torch.Tensor, num_extra: int) -> Sides:
+        """Values of the buffer's rows, [rows], by arrived row and route, [*, num_extra], zero from column K on."""
+
+        def side(spread: Spread) -> torch.Tensor:
+            result = values.new_zeros((spread.start.shape[0] - 1, num_extra))
+            result[spread.source, spread.route] = values[spread.target]
+            return result
+
+        return Sides(side(spreads.near), side(spreads.far))
+
     def dots(self, rows: Sides, spreads: Spreads, outputs: torch.Tensor, top_k: int) -> Sides:
         """Products of arrived rows with the experts' outputs [rows, H], by arrived row and route, [*, K]."""
         return Sides(
@@ -171,13 +178,14 @@ class Wire:
 
     def send_sums(
         self, chunk: ChunkPlan, rows: torch.Tensor, spreads: Spreads, weighted: bool, extra: Sides | None = None
-    ) -> SidedArrival:
-        """Start the sums of each arrived row's expert outputs [rows, H] on their way back, with `extra` columns."""
+    ) -> Launch:
+        """Pack the sums of each arrived row's expert outputs [rows, H] for their way back, with `extra` columns."""
         if self.stays_here:
             totals = rows.new_empty((spreads.near.start.shape[0] - 1, self.hidden)).view(torch.uint8)
             fold_rows(self.codecs.near, rows, spreads.near, weighted, totals)
-            return SidedArrival(Sides(totals, totals[:0], None if extra is None else extra.near), None)
+            return partial(SidedArrival, Sides(totals, totals[:0], None if extra is None else extra.near), None)
         inner = self.codecs.inner if self.group.comm.passes_on else self.codecs.far
+        self._measure_sums(chunk, rows, spreads, weighted)
         send = Sides(
             self._sum_rows(
                 chunk.near, rows, spreads.near, weighted, self.codecs.near, None if extra is None else extra.near
@@ -187,14 +195,17 @@ class Wire:
         num_extra = 0 if extra is None else extra.near.shape[1]
         extra_bytes = 0 if extra is None else num_extra * extra.near.element_size()
         sums = RowSums(inner=inner, outer=self.codecs.far, hidden=self.hidden, dtype=self.dtype, extra=num_extra)
-        return self.group.combine(send, chunk.itinerary, sums, self.values_width(self.codecs.far) + extra_bytes)
+        far_width = self.values_width(self.codecs.far) + extra_bytes
+        return partial(self.group.combine, send, chunk.itinerary, sums, far_width)
 
-    def send_rows_out(self, chunk: ChunkPlan, rows_NH: torch.Tensor) -> SidedArrival:
-        """Start a chunk's rows, one per route, on their way to the experts."""
+    def send_rows_out(self, chunk: ChunkPlan, rows_NH: torch.Tensor) -> Launch:
+        """Pack a chunk's rows, one per route, for their way to the experts."""
         assert chunk.rows is not None
         near, far = chunk.rows.near, chunk.rows.far
+        self._measure_rows(rows_NH, near.row, far.row)
         send = Sides(self.codecs.near.encode(rows_NH, near.row), self.codecs.far.encode(rows_NH, far.row))
-        return self.group.exchange_sides(send, SideRows(near.sent, far.sent), SideRows(near.received, far.received))
+        sent, received = SideRows(near.sent, far.sent), SideRows(near.received, far.received)
+        return partial(self.group.exchange_sides, send, sent, received)
 
     def place_rows(self, chunk: ChunkPlan, rows: Sides) -> torch.Tensor:
         """Arrived rows -> the experts' buffer [rows, H]."""
@@ -204,18 +215,31 @@ class Wire:
         self.codecs.far.decode(rows.far, buffer, chunk.rows.far.buffer_row)
         return buffer
 
-    def send_rows_back(self, chunk: ChunkPlan, rows: torch.Tensor) -> SidedArrival:
-        """Start the experts' outputs [rows, H] on their way back, one row per route."""
+    def send_rows_back(self, chunk: ChunkPlan, rows: torch.Tensor, extra: torch.Tensor | None = None) -> Launch:
+        """Pack the experts' outputs [rows, H] for their way back, one row per route, each with its `extra` number."""
         assert chunk.rows is not None
         near, far = chunk.rows.near, chunk.rows.far
+        self._measure_rows(rows, near.buffer_row, far.buffer_row)
         send = Sides(self.codecs.near.encode(rows, near.buffer_row), self.codecs.far.encode(rows, far.buffer_row))
-        return self.group.exchange_sides(send, SideRows(near.received, far.received), SideRows(near.sent, far.sent))
+        if extra is not None:
+            numbers = (_bytes(extra[side.buffer_row].unsqueeze(1)) for side in (near, far))
+            send = Sides(*(torch.cat(pair, dim=1) for pair in zip((send.near, send.far), numbers, strict=True)))
+        sent, received = SideRows(near.received, far.received), SideRows(near.sent, far.sent)
+        return partial(self.group.exchange_sides, send, sent, received)
 
-    def collect_rows(self, chunk: ChunkPlan, rows: Sides, result_NH: torch.Tensor) -> None:
-        """Returned rows -> their places among this rank's rows."""
+    def collect_rows(
+        self, chunk: ChunkPlan, rows: Sides, result_NH: torch.Tensor, extra_N: torch.Tensor | None
+    ) -> None:
+        """Returned rows, and their extra numbers -> their places among this rank's rows."""
         assert chunk.rows is not None
-        self.codecs.near.decode(rows.near, result_NH, chunk.rows.near.row)
-        self.codecs.far.decode(rows.far, result_NH, chunk.rows.far.row)
+        for wire, side, codec in (
+            (rows.near, chunk.rows.near, self.codecs.near),
+            (rows.far, chunk.rows.far, self.codecs.far),
+        ):
+            width = wire.shape[1] if extra_N is None else wire.shape[1] - extra_N.element_size()
+            if extra_N is not None:
+                extra_N[side.row] = _bytes(wire[:, width:]).view(extra_N.dtype).squeeze(1)
+            codec.decode(wire[:, :width].contiguous(), result_NH, side.row)
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -229,6 +253,26 @@ class Wire:
     def values_width(self, codec: Compressor) -> int:
         """Bytes of a row's values with the padding after them."""
         return aligned(codec.row_bytes(self.hidden, self.dtype))
+
+    def _measure_rows(self, rows: torch.Tensor, near: torch.Tensor, far: torch.Tensor) -> None:
+        if self.measure is not None:
+            self.measure("near", self.codecs.near, rows.index_select(0, near))
+            self.measure("far", self.codecs.far, rows.index_select(0, far))
+
+    def _measure_sums(self, chunk: ChunkPlan, rows: torch.Tensor, spreads: Spreads, weighted: bool) -> None:
+        if self.measure is None:
+            return
+        self.measure("near", self.codecs.near, self._exact_sums(chunk.near, rows, spreads.near, weighted))
+        far = self._exact_sums(chunk.far, rows, spreads.far, weighted)
+        self.measure("far", self.codecs.far, far)
+        if self.group.comm.passes_on:
+            self.measure("inner", self.codecs.inner, far)
+
+    def _exact_sums(self, side: SidePlan, rows: torch.Tensor, spread: Spread, weighted: bool) -> torch.Tensor:
+        """What _sum_rows encodes, [rows, H]."""
+        sums = torch.empty((side.num_received, self.hidden), dtype=rows.dtype, device=rows.device)
+        fold_rows(make_compressor(NONE), rows, spread, weighted, sums.view(torch.uint8))
+        return sums
 
     def _new_buffer(self, chunk: ChunkPlan, device: torch.device) -> torch.Tensor:
         make = torch.empty if chunk.layout.padded_shape is None else torch.zeros

@@ -7,6 +7,8 @@
 namespace planmoe {
 namespace {
 
+constexpr int kPhases = 128;
+
 void check_rows(const char* name, const at::Tensor& tensor, const char* splits_name, const std::vector<int64_t>& splits,
                 int64_t group_size, c10::Device device) {
   TORCH_CHECK_VALUE(tensor.dim() == 2, name, " must be 2-d [rows, width], got ", tensor.dim(), "-d");
@@ -97,9 +99,23 @@ void AbstractComm::close() {
   options_.groups.clear();
 }
 
+void AbstractComm::abort(const std::string& reason) {
+  for (const auto& link : links_) link->abort(reason);
+}
+
 int AbstractComm::next_tag() {
   next_tag_ = (next_tag_ + 1) % (1 << 20);
-  return next_tag_;
+  return next_tag_ * kPhases + phase_;
+}
+
+void AbstractComm::set_phase(int phase) {
+  TORCH_CHECK_VALUE(phase >= 0 && phase < kPhases, "phase is ", phase, ", expected 0 to ", kPhases - 1);
+  phase_ = phase;
+}
+
+std::shared_ptr<Exchange> AbstractComm::numbered(std::shared_ptr<Exchange> exchange) {
+  if (exchange->number() < 0) exchange->set_number(num_exchanges_++);
+  return exchange;
 }
 
 void AbstractComm::check_open() const { TORCH_CHECK_VALUE(!closed_, "this all-to-all was closed"); }
@@ -111,7 +127,7 @@ std::shared_ptr<Exchange> AbstractComm::start(std::vector<ExchangeSpec> parts) {
     part.send = as_bytes(part.send);
     part.recv = as_bytes(part.recv);
   }
-  return post(parts, next_tag());
+  return numbered(post(parts, next_tag()));
 }
 
 std::vector<int64_t> AbstractComm::first_hops() const {
@@ -123,13 +139,13 @@ std::vector<int64_t> AbstractComm::first_hops() const {
 std::shared_ptr<Exchange> AbstractComm::dispatch(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
                                                  const RowRoutes& routes) {
   check_open();
-  return post_dispatch(rows, itinerary, routes);
+  return numbered(post_dispatch(rows, itinerary, routes));
 }
 
 std::shared_ptr<Exchange> AbstractComm::combine(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
                                                 const RowSums& sums) {
   check_open();
-  return post_combine(rows, itinerary, sums);
+  return numbered(post_combine(rows, itinerary, sums));
 }
 
 std::shared_ptr<Exchange> AbstractComm::post_dispatch(const ChunkRows& rows,

@@ -37,10 +37,13 @@ class Exchange {
   int64_t bytes_sent() const;                                   // to other ranks
   int64_t bytes_sent_on(const std::string& lane) const;         // over that link
   void set_bytes_sent(int64_t bytes) { other_bytes_ = bytes; }  // where there are no transfers to tell
+  int64_t number() const { return number_; }                    // among those of its all-to-all, the same on every rank
+  void set_number(int64_t number) { number_ = number; }
 
  private:
   std::vector<std::shared_ptr<Transfer>> transfers_;
   int64_t other_bytes_ = 0;
+  int64_t number_ = -1;
 };
 
 // What an all-to-all is built from. Group ranks throughout; `node_of_rank` has one entry per group rank.
@@ -78,9 +81,16 @@ class AbstractComm {
   // 0 where nothing is passed on.
   virtual int64_t num_pieces() const { return 0; }
 
+  // Exchanges that start from now on are never taken for those of another phase (0 to 127) on another rank: theirs wait.
+  // Not with NCCL, which knows no tags.
+  void set_phase(int phase);
+
   // Ends the links' threads and lets go of the process groups; no exchange can start after. Call it before the
   // interpreter goes: threads that outlive it may be killed half-way.
   virtual void close();
+
+  // Ends what is in flight: its waits, and all later ones, throw `reason`. From any thread.
+  void abort(const std::string& reason);
 
   // uint8 [rows, width] for what is sent or received: used again once nobody holds it.
   at::Tensor take_buffer(int64_t rows, int64_t width) { return workspace_.take(rows, width, options_.device); }
@@ -105,6 +115,7 @@ class AbstractComm {
   int next_tag();
 
  private:
+  std::shared_ptr<Exchange> numbered(std::shared_ptr<Exchange> exchange);
   void check(const ExchangeSpec& spec) const;
   void check_open() const;
   void connect_everyone() const;
@@ -115,6 +126,8 @@ class AbstractComm {
   int64_t rank_;
   int64_t size_;
   int next_tag_ = 0;
+  int phase_ = 0;
+  int64_t num_exchanges_ = 0;
   bool closed_ = false;
 };
 

@@ -219,7 +219,7 @@ class DedupComm final : public PipeComm {
     const auto extra_bytes = sums.extra * static_cast<int64_t>(c10::elementSize(wide));
     const auto inner_bytes = aligned(sums.inner->row_bytes(sums.hidden, sums.dtype));
     const auto outer_bytes = aligned(sums.outer->row_bytes(sums.hidden, sums.dtype));
-    const auto none = compressor_registry().create("none");
+    const auto none = make_compressor("none");
     const auto num_rows = trip.passed[fan.place];
     auto sum = zeros(num_rows, sums.hidden, wide);
     auto extra = zeros(num_rows, sums.extra, wide);

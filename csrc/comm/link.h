@@ -56,6 +56,9 @@ class Link {
  public:
   virtual ~Link() = default;
   virtual std::shared_ptr<Transfer> post(Leg leg) = 0;
+
+  // Ends what is in flight: its waits, and all later ones, throw `reason`. From any thread.
+  virtual void abort(const std::string& reason) = 0;
 };
 
 std::unique_ptr<Link> make_link(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane, c10::Device device,

@@ -73,6 +73,11 @@ class StreamLink final : public Link {
     return transfer;
   }
 
+  // The device's waits end, with whatever the buffers hold then: callers must look at why before they use them.
+  void abort(const std::string& /*reason*/) override {
+    group_->getBackend(device_.type())->abort();
+  }
+
  private:
   void carry(Leg& leg) {
     if (leg.after) leg.after->order_current_stream();

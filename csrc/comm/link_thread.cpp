@@ -61,13 +61,19 @@ class ThreadLink final : public Link {
       : group_(std::move(group)), lane_(std::move(lane)), timeout_(timeout_ms), thread_([this] { run(); }) {}
 
   ~ThreadLink() override {
+    abort("planmoe: the exchange was shut down");
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      stopping_ = true;
-      for (const auto& [peer, work] : in_flight_) abort_quietly(work);
+      ending_ = true;
     }
     arrived_.notify_all();
     thread_.join();
+  }
+
+  void abort(const std::string& reason) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (abort_reason_.empty()) abort_reason_ = reason;
+    for (const auto& [peer, work] : in_flight_) abort_quietly(work);
   }
 
   std::shared_ptr<Transfer> post(Leg leg) override {
@@ -97,8 +103,8 @@ class ThreadLink final : public Link {
       std::shared_ptr<ThreadTransfer> transfer;
       {
         std::unique_lock<std::mutex> lock(mutex_);
-        arrived_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
-        if (stopping_) broken = std::make_exception_ptr(std::runtime_error("planmoe: the exchange was shut down"));
+        arrived_.wait(lock, [this] { return ending_ || !queue_.empty(); });
+        if (!abort_reason_.empty()) broken = std::make_exception_ptr(std::runtime_error(abort_reason_));
         if (queue_.empty()) return;
         transfer = queue_.front();
         queue_.pop_front();
@@ -141,17 +147,17 @@ class ThreadLink final : public Link {
   }
 
   void wait_for_link(Transfer& transfer) {
-    while (!transfer.wait_for(kSliceMilliseconds)) check_not_stopping();
+    while (!transfer.wait_for(kSliceMilliseconds)) check_not_aborted();
   }
 
-  void check_not_stopping() {
+  void check_not_aborted() {
     std::lock_guard<std::mutex> lock(mutex_);
-    TORCH_CHECK(!stopping_, "planmoe: the exchange was shut down");
+    if (!abort_reason_.empty()) throw std::runtime_error(abort_reason_);
   }
 
   void track(int64_t peer, Work work) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (stopping_) abort_quietly(work);
+    if (!abort_reason_.empty()) abort_quietly(work);
     in_flight_.emplace_back(peer, std::move(work));
   }
 
@@ -162,7 +168,7 @@ class ThreadLink final : public Link {
     } catch (const std::exception& error) {
       reason = error.what();
     }
-    check_not_stopping();
+    check_not_aborted();
     TORCH_CHECK(false, "planmoe: the exchange on the ", lane_, " link with rank ", peer,
                 " of the expert-parallel group did not finish (this is rank ", group_->getRank(),
                 "): the peer died, left the step, or took longer than the timeout. Reported: ", reason);
@@ -175,7 +181,8 @@ class ThreadLink final : public Link {
   std::condition_variable arrived_;
   std::deque<std::shared_ptr<ThreadTransfer>> queue_;
   std::vector<std::pair<int64_t, Work>> in_flight_;
-  bool stopping_ = false;
+  std::string abort_reason_;  // empty: not aborted
+  bool ending_ = false;
   std::thread thread_;  // last: starts when everything above exists
 };
 

@@ -92,4 +92,16 @@ CompressorRegistry& compressor_registry() {
   return registry;
 }
 
+std::shared_ptr<AbstractCompressor> make_compressor(const std::string& name) {
+  const auto colon = name.find(':');
+  if (colon == std::string::npos) return compressor_registry().create(name, "");
+  const auto setting = name.substr(colon + 1);
+  TORCH_CHECK_VALUE(!setting.empty(), "compressor '", name, "' lacks a setting behind the colon");
+  return compressor_registry().create(name.substr(0, colon), setting);
+}
+
+void check_no_setting(const char* name, const std::string& setting) {
+  TORCH_CHECK_VALUE(setting.empty(), "compressor '", name, "' takes no setting, got '", name, ":", setting, "'");
+}
+
 }  // namespace planmoe

@@ -32,6 +32,11 @@ class AbstractCompressor {
   // Throws ValueError for a dtype that this codec cannot carry.
   virtual void check_dtype(at::ScalarType dtype) const;
 
+  // True for codecs that have a fixed size and yet keep every bit, so that they cannot carry all rows: then `fits` is
+  // false when a row of `rows` [R, H] cannot be carried.
+  virtual bool may_refuse() const { return false; }
+  virtual bool fits(const at::Tensor& /*rows*/) const { return true; }
+
   // rows [R, H] -> uint8 [N, row_bytes]; with `index` (int64 [N]) wire row i encodes rows[index[i]].
   at::Tensor encode(const at::Tensor& rows, const std::optional<at::Tensor>& index) const;
 
@@ -65,11 +70,23 @@ class RowCodec : public AbstractCompressor {
   virtual at::Tensor decode_on_device(const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) const;
 };
 
-using CompressorRegistry = Registry<AbstractCompressor>;
+// Factories take the setting, what stands behind a colon in "name:setting"; empty without a colon.
+using CompressorRegistry = Registry<AbstractCompressor, const std::string&>;
 CompressorRegistry& compressor_registry();
+
+// The codec "name" or "name:setting". Throws ValueError for unknown names and bad settings.
+std::shared_ptr<AbstractCompressor> make_compressor(const std::string& name);
+
+void check_no_setting(const char* name, const std::string& setting);
 
 }  // namespace planmoe
 
-#define PLANMOE_REGISTER_COMPRESSOR(name, Class) \
-  static const bool registered_##Class =         \
-      ::planmoe::compressor_registry().add(name, [] { return std::make_shared<Class>(); })
+// For codecs without a setting, and for those made from one: Class(const std::string& setting).
+#define PLANMOE_REGISTER_COMPRESSOR(name, Class)                                                                   \
+  static const bool registered_##Class = ::planmoe::compressor_registry().add(name, [](const std::string& value) { \
+    ::planmoe::check_no_setting(name, value);                                                                      \
+    return std::make_shared<Class>();                                                                              \
+  })
+#define PLANMOE_REGISTER_COMPRESSOR_WITH_SETTING(name, Class)                  \
+  static const bool registered_##Class = ::planmoe::compressor_registry().add( \
+      name, [](const std::string& value) { return std::make_shared<Class>(value); })

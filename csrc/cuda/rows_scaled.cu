@@ -76,13 +76,14 @@ __device__ __forceinline__ void hadamard(float (&values)[4], int lane) {
   }
 }
 
-// Returns the power of two that the coefficients have been divided by.
-__device__ __forceinline__ float to_coefficients(const float (&values)[4], unsigned largest, int lane,
+// Returns the power of two that the coefficients have been divided by. The block has `count` values; more are zeros, not
+// negative ones, whose signs would show in codes of zero.
+__device__ __forceinline__ float to_coefficients(const float (&values)[4], int64_t count, unsigned largest, int lane,
                                                  float (&coefficients)[4]) {
   const unsigned exponent = min(largest >> 23, 253u);
   const float factor = __uint_as_float((254u - exponent) << 23);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) coefficients[i] = values[i] * factor * sign_of(lane, i);
+  for (int i = 0; i < 4; ++i) coefficients[i] = 4 * lane + i < count ? values[i] * factor * sign_of(lane, i) : 0.0f;
   hadamard(coefficients, lane);
   return __uint_as_float(exponent << 23);
 }
@@ -91,8 +92,8 @@ __device__ __forceinline__ void from_coefficients(float (&values)[4], float scal
   hadamard(values, lane);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    float value = values[i] * sign_of(lane, i) * scale;
-    value = value < -kMostFloat ? -kMostFloat : value;  // not fminf: a NaN stays one
+    float value = __fmul_rn(values[i] * sign_of(lane, i), scale);  // never part of an fma: sums are the CPU's
+    value = value < -kMostFloat ? -kMostFloat : value;             // not fminf: a NaN stays one
     values[i] = value > kMostFloat ? kMostFloat : value;
   }
 }
@@ -121,7 +122,7 @@ struct Int8 : Scaled {
     if (column(wire, unit) < wire.hidden) codes = load_bytes<char4>(wire.bytes + column(wire, unit), wire.aligned);
     from_int8(codes, values);
 #pragma unroll
-    for (float& value : values) value *= scale;
+    for (float& value : values) value = __fmul_rn(value, scale);
   }
 
   static __device__ __forceinline__ void encode(const WireRow& wire, int64_t unit, const float (&values)[4]) {
@@ -143,8 +144,8 @@ struct Fp8 : Scaled {
     for (int pair = 0; pair < 2; ++pair) {
       const auto half = static_cast<__nv_fp8x2_storage_t>(codes >> (16 * pair));
       const __half2 both(__nv_cvt_fp8x2_to_halfraw2(half, __NV_E4M3));
-      values[2 * pair] = __low2float(both) * scale;
-      values[2 * pair + 1] = __high2float(both) * scale;
+      values[2 * pair] = __fmul_rn(__low2float(both), scale);
+      values[2 * pair + 1] = __fmul_rn(__high2float(both), scale);
     }
   }
 
@@ -182,7 +183,7 @@ struct HadamardInt8 : Scaled {
     char4 codes{0, 0, 0, 0};
     if (coded) {
       float coefficients[4];
-      const float unit_scale = to_coefficients(values, largest, wire.lane, coefficients);
+      const float unit_scale = to_coefficients(values, wire.hidden - unit * kBlock, largest, wire.lane, coefficients);
       const Scale found = scale_to(largest_of(coefficients), 127.0f);
       codes = int8_codes(coefficients, found.inverse);
       scale = found.scale * (1.0f / kBlock) * unit_scale;
@@ -252,7 +253,7 @@ struct Int4 : Scaled {
     unsigned codes = 0;
     if (largest >= kTiny && largest < kInfinity) {  // the same for all lanes
       float coefficients[4];
-      const float unit_scale = to_coefficients(values, largest, wire.lane, coefficients);
+      const float unit_scale = to_coefficients(values, wire.hidden - unit * kBlock, largest, wire.lane, coefficients);
       const float rms = __bfloat162float(__float2bfloat16_rn(root_mean_square(coefficients, wire.lane)));
       const float inverse = __fdiv_rn(1.0f, rms);
 #pragma unroll

@@ -11,5 +11,6 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 void bind_compressors(py::module_& module);
 void bind_rows(py::module_& module);
 void bind_comms(py::module_& module);
+void bind_scheduler(py::module_& module);
 
 }  // namespace planmoe

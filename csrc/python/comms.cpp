@@ -104,6 +104,7 @@ void bind_values(py::module_& module) {
       .def("wait", &wait)
       .def("spans", &spans)
       .def("bytes_sent_on", &Exchange::bytes_sent_on, py::arg("lane"))
+      .def_property_readonly("number", &Exchange::number)
       .def_property_readonly("bytes_sent", &Exchange::bytes_sent);
 
   py::class_<Itinerary, std::shared_ptr<Itinerary>>(module, "Itinerary")
@@ -182,6 +183,8 @@ void bind_comms(py::module_& module) {
       .def_property_readonly("num_pieces", &AbstractComm::num_pieces)
       .def_property_readonly("passes_on", &AbstractComm::passes_on)
       .def("close", &AbstractComm::close, NoGil())
+      .def("set_phase", &AbstractComm::set_phase, py::arg("phase"))
+      .def("abort", &AbstractComm::abort, py::arg("reason"), NoGil())
       .def("take_buffer", &AbstractComm::take_buffer, py::arg("rows"), py::arg("width"), NoGil())
       .def("take_peak_bytes", &AbstractComm::take_peak_bytes)
       .def("start", &start_rows, py::arg("send"), py::arg("send_rows"), py::arg("recv"), py::arg("recv_rows"), NoGil())

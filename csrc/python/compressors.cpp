@@ -82,11 +82,13 @@ void bind_compressors(py::module_& module) {
       .def("row_bytes", &AbstractCompressor::row_bytes, py::arg("hidden"), py::arg("dtype"))
       .def_property_readonly("lossless", &AbstractCompressor::lossless)
       .def_property_readonly("identity", &AbstractCompressor::is_identity)
+      .def_property_readonly("may_refuse", &AbstractCompressor::may_refuse)
+      .def("fits", &AbstractCompressor::fits, py::arg("rows"), NoGil())
       .def("encode", &AbstractCompressor::encode, py::arg("rows"), py::arg("index") = py::none(), NoGil())
       .def("encode_into", &AbstractCompressor::encode_into, py::arg("rows"), py::arg("index"), py::arg("wire"), NoGil())
       .def("decode", &AbstractCompressor::decode, py::arg("wire"), py::arg("out"), py::arg("index") = py::none(),
            NoGil());
-  module.def("make_compressor", [](const std::string& name) { return compressor_registry().create(name); });
+  module.def("make_compressor", &make_compressor, py::arg("name"));
   module.def("compressor_names", [] { return compressor_registry().names(); });
 }
 

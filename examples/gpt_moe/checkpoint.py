@@ -6,12 +6,16 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 
 from errors import ExampleError
-from options import Options
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from options import Options
 
 TAG_PREFIX = "step"
 NUM_KEPT = 2

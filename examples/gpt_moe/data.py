@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from errors import ExampleError
 
@@ -66,6 +67,11 @@ def load_bytes(files: Sequence[Path], sequence_length: int) -> ByteData:
             f"of {sequence_length} needs about {minimum}. Add files or lower --sequence-length"
         )
     return ByteData(_to_tensor(training), _to_tensor(validation), len(paths))
+
+
+def language_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per byte of logits [B, S, V] against targets int64 [B, S], computed in fp32."""
+    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def _read(path: Path) -> bytes:

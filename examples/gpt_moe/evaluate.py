@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 
-from data import ByteData
-from model import language_loss
-from options import Options
+from data import ByteData, language_loss
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+    from options import Options
 
 PROMPT = b"def read_lines(path):\n"
 TEMPERATURE = 0.7
@@ -16,12 +20,18 @@ VALIDATION_SEED = 7
 
 
 @torch.no_grad()
-def validation_loss(engine: DeepSpeedEngine, data: ByteData, options: Options) -> float:
-    """Return the mean loss in nats per byte over evaluation_batches different batches of every rank."""
+def validation_loss(
+    engine: DeepSpeedEngine, data: ByteData, options: Options, part: tuple[int, int] | None = None
+) -> float:
+    """Return the mean loss in nats per byte over evaluation_batches different batches of every rank.
+
+    part: this rank's number among the ranks with data of their own, and how many there are; by default all ranks.
+    """
+    number, num_parts = (dist.get_rank(), dist.get_world_size()) if part is None else part
     engine.eval()
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for batch in range(options.evaluation_batches):
-        index = batch * dist.get_world_size() + dist.get_rank()
+        index = batch * num_parts + number
         inputs, targets = data.batch("validation", index, options.batch_shape, VALIDATION_SEED)
         logits, _ = engine(inputs.to(engine.device))
         total += language_loss(logits, targets.to(engine.device)) / options.evaluation_batches

@@ -139,11 +139,6 @@ def build_model(config: ModelConfig, rank: int) -> GPTMoE:
     return model
 
 
-def language_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per byte of logits [B, S, V] against targets int64 [B, S], computed in fp32."""
-    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
 def _moe_layer(config: ModelConfig, expert: FeedForward) -> MoE:
     return MoE(
         hidden_size=config.hidden_size,

@@ -16,11 +16,10 @@ from deepspeed.accelerator import get_accelerator
 
 import checkpoint
 import engine as engines
-from data import ByteData, load_bytes
+from data import ByteData, language_loss, load_bytes
 from evaluate import generate_text, validation_loss
 from history import History, StepRecord, read_history
 from launch_env import ProcessPlace, run_on_this_rank
-from model import language_loss
 from options import Options, parse_options
 from progress import LiveNumbers, LiveProgress
 from report import Outcome, write_report

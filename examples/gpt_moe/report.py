@@ -7,12 +7,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from history import StepRecord
-from options import Options
+
+if TYPE_CHECKING:
+    from options import Options
 
 BLUE, ORANGE, GREY = "#2f6fb3", "#e08a1e", "#8d949c"
 
@@ -27,6 +30,7 @@ class Outcome:
     device: str
     num_parameters: int
     planmoe: str
+    stock: str = "stock DeepSpeed"
 
 
 def write_report(folder: Path, options: Options, records: Sequence[StepRecord], outcome: Outcome) -> None:
@@ -44,17 +48,17 @@ def write_report(folder: Path, options: Options, records: Sequence[StepRecord], 
     has_timeline = (folder / "timeline.png").exists()
     (folder / "summary.md").write_text(_summary(options, records, outcome, has_timeline), encoding="utf-8")
     if records:
-        draw_curves(folder / "loss.png", records, outcome.validation_loss)
+        draw_curves(folder / "loss.png", records, outcome)
 
 
-def draw_curves(path: Path, records: Sequence[StepRecord], validation_loss: float) -> None:
+def draw_curves(path: Path, records: Sequence[StepRecord], outcome: Outcome) -> None:
     """Draw the loss by step and, where planmoe measured them, bytes and waiting time by step, as a PNG."""
     has_bytes = any(record.stock_bytes for record in records)
     figure = Figure(figsize=(12.0 if has_bytes else 7.0, 4.2), dpi=130, layout="constrained")
     panels = figure.subplots(1, 2 if has_bytes else 1, squeeze=False)[0]
-    _draw_loss(panels[0], records, validation_loss)
+    _draw_loss(panels[0], records, outcome.validation_loss)
     if has_bytes:
-        _draw_bytes(panels[1], records)
+        _draw_bytes(panels[1], records, outcome.stock)
     figure.savefig(path, format="png")
 
 
@@ -69,14 +73,20 @@ def _draw_loss(axes: Axes, records: Sequence[StepRecord], validation_loss: float
     axes.legend(frameon=False)
 
 
-def _draw_bytes(axes: Axes, records: Sequence[StepRecord]) -> None:
+def _draw_bytes(axes: Axes, records: Sequence[StepRecord], stock_name: str) -> None:
     measured = [record for record in records if record.stock_bytes]
     steps = [record.step for record in measured]
     sent, stock = (
         [record.bytes_sent / 2**20 for record in measured],
         [record.stock_bytes / 2**20 for record in measured],
     )
-    axes.plot(steps, stock, color=GREY, linewidth=1.6, label="stock DeepSpeed, padded")
+    axes.plot(
+        steps,
+        stock,
+        color=GREY,
+        linewidth=1.6,
+        label=f"{stock_name}, padded" if "DeepSpeed" in stock_name else stock_name,
+    )
     axes.plot(steps, sent, color=BLUE, linewidth=1.6, label="planmoe")
     axes.fill_between(steps, sent, stock, color=BLUE, alpha=0.10, linewidth=0.0)
     axes.set_ylim(0.0, max(stock + sent) * 1.2)
@@ -104,7 +114,7 @@ def _summary(options: Options, records: Sequence[StepRecord], outcome: Outcome, 
         ("experts", f"{model.num_experts}, top {model.top_k}, shared by {model.ep_size} ranks"),
         ("ranks", f"{outcome.world_size} on {outcome.device}"),
         ("planmoe", outcome.planmoe),
-        *_measured_rows(records),
+        *_measured_rows(records, outcome.stock),
         ("validation loss", f"{outcome.validation_loss:.3f} nats per byte (chance: 5.545)"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -116,7 +126,7 @@ def _summary(options: Options, records: Sequence[StepRecord], outcome: Outcome, 
     return f"# GPT-MoE pretraining\n\n| | |\n|---|---|\n{table}\n\n{pictures}\n## Generated text\n\n{sample}\n"
 
 
-def _measured_rows(records: Sequence[StepRecord]) -> list[tuple[str, str]]:
+def _measured_rows(records: Sequence[StepRecord], stock_name: str) -> list[tuple[str, str]]:
     if not records:
         return []
     seconds = statistics.median(record.seconds for record in records)
@@ -130,8 +140,6 @@ def _measured_rows(records: Sequence[StepRecord]) -> list[tuple[str, str]]:
         sent, stock = sum(record.bytes_sent for record in measured), sum(record.stock_bytes for record in measured)
         exposed = sum(record.exposed_seconds for record in measured) / sum(record.seconds for record in measured)
         count = len(measured)
-        rows.append(
-            ("sent per step", f"{sent / count / 2**20:.2f} MiB; stock DeepSpeed: {stock / count / 2**20:.2f} MiB")
-        )
+        rows.append(("sent per step", f"{sent / count / 2**20:.2f} MiB; {stock_name}: {stock / count / 2**20:.2f} MiB"))
         rows.append(("exposed communication", f"{exposed:.0%} of the step time"))
     return rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,19 +24,24 @@ from deepspeed.utils.bwc import (
 )
 from torch import nn
 
+from planmoe_ds import __version__
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
 from planmoe_ds.choose import LayerTraffic
-from planmoe_ds.config import AUTO, PlanMoEConfig, find_section, parse_config
+from planmoe_ds.choose_codecs import CodecChoice, resolve_compression
+from planmoe_ds.codecs import make_codecs
+from planmoe_ds.compression import AUTO
+from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.execution import save_execution
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup, connect
 from planmoe_ds.grouped import share_storage
+from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer, combine
-from planmoe_ds.pipeline import Codecs
 from planmoe_ds.plan import Routes
+from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Recorder
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_rows
-from planmoe_ds.wire import LinkCodecs
 
 SECTION = "planmoe"
 NOMINAL_TOKENS = 4096  # tokens per rank and layer call that all-to-alls are compared for
@@ -56,6 +62,12 @@ class Session:
     config: PlanMoEConfig
     num_layers: int
     recorder: Recorder
+    planners: tuple[LayerPlanner, ...] = ()
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write what ran on this rank since recorder.start_trace(), and what was predicted, for `planmoe trace`."""
+        schedules = {index: planner.schedules() for index, planner in enumerate(self.planners)}
+        save_execution(path, self.recorder.stop_trace(), schedules)
 
 
 class PlanMoELayer(MOELayer):  # type: ignore[misc]
@@ -95,6 +107,7 @@ class PlanMoELayer(MOELayer):  # type: ignore[misc]
         """Two padded all-to-alls forward, and two backward if there is one."""
         passes = 4 if torch.is_grad_enabled() else 2
         parts = 1 if self.tensor_parallel is None else self.tensor_parallel.size
+        assert routes.capacity is not None
         rows = routes.capacity // parts * routes.num_experts
         padded = rows * tokens.shape[1] * tokens.element_size()
         self.planmoe.recorder.add_stock_bytes(passes * padded * (self.ep_size - 1) // self.ep_size)
@@ -160,6 +173,7 @@ def _settings(config: PlanMoEConfig, param_dict: Mapping[str, Any], model: nn.Mo
         return settings
     settings |= {f"{SECTION}.{key}": str(value) for key, value in config.model_dump(mode="json").items()}
     settings[ENABLED] = str(config.enabled)
+    settings["planmoe's version"] = __version__
     for path in SHARED_SETTINGS:
         value: Any = param_dict
         for key in path.split("."):
@@ -172,7 +186,8 @@ def _settings(config: PlanMoEConfig, param_dict: Mapping[str, Any], model: nn.Mo
         gate = layer.gate
         settings[f"MoE layer {number}{where}"] = (
             f"{layer.ep_size * layer.num_local_experts} experts, expert-parallel size {layer.ep_size}, hidden size "
-            f"{gate.wg.weight.shape[1]}, top-{gate.k}, drop_tokens {gate.drop_tokens}"
+            f"{gate.wg.weight.shape[1]}, top-{gate.k}, drop_tokens {gate.drop_tokens}, capacity factor "
+            f"{gate.capacity_factor} (evaluation {gate.eval_capacity_factor}, at least {gate.min_capacity})"
         )
     return settings
 
@@ -191,22 +206,43 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
     tensor_parallel_size = bwc_tensor_model_parallel_world_size(groups.mpu)
     if tensor_parallel_size > 1:
         my_groups["tensor parallel"] = list(dist.get_process_group_ranks(bwc_tensor_model_parallel_group(groups.mpu)))
-    traffic = {layer.ep_group_name: _traffic(layer) for layer in layers}
+    by_size = sorted(layers, key=lambda layer: layer.num_local_experts)
+    traffic = {layer.ep_group_name: _traffic(layer) for layer in by_size}  # of the layer with most experts
     connected = connect(my_groups, config, device, traffic)
     if device.type == "cuda":
         for layer in layers:  # the optimizer, which keeps views, is not built yet
             share_storage(list(layer.experts.deepspeed_experts))
     recorder = Recorder(device)
-    codecs = Codecs(**{key: LinkCodecs.everywhere(name) for key, name in config.compression.model_dump().items()})
+    compression = _compression(layers, config, connected, traffic, device)
     for index, layer in enumerate(layers):
+        chosen = compression[layer.ep_group_name].compression
         layer.__class__ = PlanMoELayer
         layer.planmoe = ExpertParallelLayer(
-            index=index, config=config, group=connected[layer.ep_group_name], codecs=codecs, recorder=recorder
+            index=index,
+            config=config,
+            group=connected[layer.ep_group_name],
+            codecs=make_codecs(chosen),
+            recorder=recorder,
+            guard=None if config.guard is None else QualityGuard(config.guard, chosen, index, recorder),
         )
         layer.tensor_parallel = _split(connected, tensor_parallel_size)
     if dist.get_rank() == 0:
-        print(_announcement(layers, config, connected), file=sys.stderr, flush=True)
-    return Session(config, len(layers), recorder)
+        print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
+    return Session(config, len(layers), recorder, tuple(layer.planmoe.planner for layer in layers))
+
+
+def _compression(
+    layers: list[MOELayer],
+    config: PlanMoEConfig,
+    connected: dict[str, ExpertGroup],
+    traffic: dict[str, LayerTraffic],
+    device: torch.device,
+) -> dict[str, CodecChoice]:
+    """The codecs by group."""
+    if not layers:
+        return {}
+    weight = next(layers[0].experts.parameters())
+    return resolve_compression(config, connected, traffic, (layers[0].gate.wg.weight.shape[1], weight.dtype, device))
 
 
 def _traffic(layer: MOELayer) -> LayerTraffic:
@@ -231,16 +267,20 @@ def _split(connected: dict[str, ExpertGroup], size: int) -> TensorParallelSplit 
     return TensorParallelSplit(bwc_tensor_model_parallel_rank(groups.mpu), size, connected["tensor parallel"])
 
 
-def _announcement(layers: list[MOELayer], config: PlanMoEConfig, connected: dict[str, ExpertGroup]) -> str:
+def _announcement(
+    layers: list[MOELayer],
+    config: PlanMoEConfig,
+    connected: dict[str, ExpertGroup],
+    compression: dict[str, CodecChoice],
+) -> str:
     if not layers:
         return "planmoe: on, but the model has no deepspeed.moe.layer.MoE: nothing to do"
-    codecs = config.compression.model_dump()
-    names = ", ".join(f"{key} {name}" for key, name in codecs.items())
+    names = " and ".join(sorted({choice.reason for choice in compression.values()}))
     sizes = sorted({layer.ep_size for layer in layers})
     choices = [connected[layer.ep_group_name].choice for layer in layers]
     comm = " and ".join(sorted({choice.name if config.comm != AUTO else choice.reason for choice in choices}))
     return (
         f"planmoe: active on {len(layers)} MoE layers: all-to-all {comm}, {config.chunks} chunks by "
-        f"{config.chunk_by.value}, {config.resolved_exactness.value}, compression ({names}), expert-parallel size "
-        f"{', '.join(map(str, sizes))}"
+        f"{config.chunk_by.value}, {config.scheduler} order, {config.resolved_exactness.value}, compression ({names}), "
+        f"expert-parallel size {', '.join(map(str, sizes))}"
     )

@@ -52,6 +52,8 @@ BAD_VALUES = [
     ("compression", True, CODECS),
     ("compression", None, CODECS),
     ("compression", ["int8"], CODECS),
+    ("guard", True, ()),
+    ("guard", 100, ()),
     ("exactness", "exakt", EXACTNESSES),
     ("exactness", "lossless", EXACTNESSES),
     ("exactness", 1, EXACTNESSES),
@@ -68,6 +70,13 @@ BAD_VALUES = [
     ("ranks_per_node", [2, True], COUNTS),
     ("ranks_per_node", [2, [2]], COUNTS),
     ("ranks_per_node", {"node0": 2}, COUNTS),
+    ("scheduler", "optimum", ("did you mean 'optimal'",)),
+    ("scheduler", 3, ("string",)),
+    ("plans", "", ("at least 1",)),
+    ("plans", 3, ("string",)),
+    ("max_in_flight", 0, ("greater than",)),
+    ("max_in_flight", 17, ("less than",)),
+    ("max_in_flight", 2.5, ("integer",)),
     ("timeout_seconds", 0, ("greater than",)),
     ("timeout_seconds", -1.0, ("greater than",)),
     ("timeout_seconds", "60", ("number",)),
@@ -96,12 +105,24 @@ MISSPELT = {
     "chunk-by": "chunk_by",
     "compresion": "compression",
     "compressor": "compression",
+    "gard": "guard",
     "exactnes": "exactness",
     "rank_per_node": "ranks_per_node",
+    "schedule": "scheduler",
+    "in_flight": "max_in_flight",
+    "plan": "plans",
     "timeout": "timeout_seconds",
     "timeout_second": "timeout_seconds",
 }
-MISSPELT_DIRECTIONS = {"dispach": "dispatch", "combined": "combine", "gradient": "gradients", "grads": "gradients"}
+MISSPELT_DIRECTIONS = {
+    "dispach": "dispatch",
+    "combined": "combine",
+    "gradient": "gradients",
+    "grads": "gradients",
+    "internode": "inter",
+    "intra_node": "intra",
+    "sum": "sums",
+}
 
 
 def refusal(section: object) -> str:

@@ -1,9 +1,10 @@
-"""Every compressor, compiled or in Python, keeps its contract; a new codec adds one row to MAX_ERROR."""
+"""Every compressor, compiled or in Python, keeps its contract; a new codec adds one row to PROMISES."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,14 +12,43 @@ import torch
 from planmoe_ds.backend import compressor_names, make_compressor
 from tests.contract.plugins import plugged_in
 
-# ||decoded - x|| / ||x|| on normal data
-MAX_ERROR = {"none": 0.0, "int8": 0.008, "python-bf16": 0.004, "installed-copy": 0.0}
-# at 128 values per row; None: the dtype's own
-BITS_PER_VALUE = {"none": None, "int8": 8.25, "python-bf16": 16, "installed-copy": None}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ALL = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a codec says of itself.
+
+    max_error: ||decoded - x|| / ||x|| on normal data; bits: per value at 1280 values per row, None: the dtype's own;
+    dtypes: that it takes, it refuses the others.
+    """
+
+    max_error: float
+    bits: float | None
+    dtypes: tuple[torch.dtype, ...] = ALL
+
+
+PROMISES = {
+    "none": Promise(0.0, None),
+    "bf16": Promise(0.0022, 16, (torch.float32, torch.bfloat16)),
+    "fp8": Promise(0.03, 8.25),
+    "hadamard_int8": Promise(0.009, 8.25),
+    "int4": Promise(0.115, 4.125),
+    "int8": Promise(0.008, 8.25),
+    "lossless": Promise(0.0, 12.2625, (torch.bfloat16,)),
+    "zfp": Promise(0.02, 8),
+    "zfp:16": Promise(0.0001, 16),
+    "python-bf16": Promise(0.004, 16),
+    "installed-copy": Promise(0.0, None),
+}
+DTYPES = list(ALL)
 DTYPE_ERROR = {torch.float32: 0.0, torch.float16: 5e-4, torch.bfloat16: 4e-3}  # rounding of the output
 
-codecs = pytest.mark.parametrize("name", sorted(MAX_ERROR))
+codecs = pytest.mark.parametrize("name", sorted(PROMISES))
+codecs_and_dtypes = pytest.mark.parametrize(
+    ("name", "dtype"),
+    [pytest.param(name, dtype, id=f"{name}-{dtype}") for name in sorted(PROMISES) for dtype in PROMISES[name].dtypes],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +61,10 @@ def normal(rows: int, hidden: int, dtype: torch.dtype = torch.float32) -> torch.
     return torch.randn(rows, hidden, generator=torch.Generator().manual_seed(rows * 1000 + hidden)).to(dtype)
 
 
+def first_dtype(name: str) -> torch.dtype:
+    return PROMISES[name].dtypes[0]
+
+
 def round_trip(name: str, rows: torch.Tensor) -> torch.Tensor:
     codec = make_compressor(name)
     out = torch.full_like(rows, math.inf)
@@ -39,16 +73,16 @@ def round_trip(name: str, rows: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_registered_codec_has_a_row() -> None:
-    assert sorted(compressor_names()) == sorted(MAX_ERROR)
+    assert set(compressor_names()) == {name.partition(":")[0] for name in PROMISES}
 
 
-@codecs
-@pytest.mark.parametrize("dtype", DTYPES)
+@codecs_and_dtypes
 @pytest.mark.parametrize("hidden", [1, 2, 127, 128, 129, 1000])
 def test_round_trip_error(name: str, dtype: torch.dtype, hidden: int) -> None:
     rows = normal(64, hidden, dtype)
     error = (round_trip(name, rows) - rows).double().norm() / rows.double().norm()
-    assert error <= MAX_ERROR[name] + (DTYPE_ERROR[dtype] if MAX_ERROR[name] else 0.0)
+    most = PROMISES[name].max_error
+    assert error <= most + (DTYPE_ERROR[dtype] if most else 0.0)
     if make_compressor(name).lossless:
         assert torch.equal(round_trip(name, rows), rows)
 
@@ -56,15 +90,13 @@ def test_round_trip_error(name: str, dtype: torch.dtype, hidden: int) -> None:
 @codecs
 def test_size_is_known_beforehand(name: str) -> None:
     codec = make_compressor(name)
-    for dtype in DTYPES:
+    for dtype in PROMISES[name].dtypes:
         for hidden in (1, 5, 128, 640):
             assert codec.encode(normal(3, hidden, dtype)).shape == (3, codec.row_bytes(hidden, dtype))
-    bits = codec.row_bytes(1280, torch.float32) * 8 / 1280
-    assert bits == (BITS_PER_VALUE[name] or 32)
+        assert codec.row_bytes(1280, dtype) * 8 / 1280 == (PROMISES[name].bits or 8 * dtype.itemsize)
 
 
-@codecs
-@pytest.mark.parametrize("dtype", DTYPES)
+@codecs_and_dtypes
 def test_gather_and_scatter(name: str, dtype: torch.dtype) -> None:
     codec, rows = make_compressor(name), normal(10, 200, dtype)
     index = torch.tensor([7, 0, 3])
@@ -78,16 +110,15 @@ def test_gather_and_scatter(name: str, dtype: torch.dtype) -> None:
 
 @codecs
 def test_rows_are_independent(name: str) -> None:
-    rows = normal(6, 300)
+    rows = normal(6, 300, first_dtype(name))
     rows[2] *= 1e6
     together = round_trip(name, rows)
     for place in range(6):
         assert torch.equal(together[place], round_trip(name, rows[place : place + 1])[0])
 
 
-@codecs
+@codecs_and_dtypes
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_non_finite_values_stay_non_finite(name: str, bad: float, dtype: torch.dtype) -> None:
     rows = normal(4, 256, dtype)
     rows[1, 130] = bad
@@ -98,12 +129,13 @@ def test_non_finite_values_stay_non_finite(name: str, bad: float, dtype: torch.d
 
 @codecs
 def test_extremes(name: str) -> None:
-    assert round_trip(name, torch.zeros(2, 128)).eq(0).all()
-    assert make_compressor(name).encode(torch.zeros(0, 128)).shape[0] == 0
-    assert round_trip(name, torch.zeros(0, 128)).shape == (0, 128)
-    tiny = torch.full((1, 128), 1e-44)
+    dtype = first_dtype(name)
+    assert round_trip(name, torch.zeros(2, 128, dtype=dtype)).eq(0).all()
+    assert make_compressor(name).encode(torch.zeros(0, 128, dtype=dtype)).shape[0] == 0
+    assert round_trip(name, torch.zeros(0, 128, dtype=dtype)).shape == (0, 128)
+    tiny = torch.full((1, 128), 1e-44, dtype=dtype)
     assert torch.isfinite(round_trip(name, tiny)).all()
-    huge = torch.full((1, 128), 3e38)
+    huge = torch.full((1, 128), 3e38, dtype=dtype)
     assert torch.isfinite(round_trip(name, huge)).all()
 
 
@@ -121,34 +153,118 @@ def test_extremes(name: str) -> None:
 )
 def test_bad_rows(name: str, rows: torch.Tensor, index: torch.Tensor | None, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        make_compressor(name).encode(rows, index)
+        make_compressor(name).encode(rows.to(first_dtype(name)) if rows.is_floating_point() else rows, index)
 
 
 @codecs
 def test_bad_wire(name: str) -> None:
     codec = make_compressor(name)
-    wire = codec.encode(torch.zeros(2, 128))
+    two, three = (torch.zeros(rows, 128, dtype=first_dtype(name)) for rows in (2, 3))
+    wire = codec.encode(two)
     with pytest.raises(ValueError, match="wire must be"):
-        codec.decode(wire[:, :-1].contiguous(), torch.zeros(2, 128))
+        codec.decode(wire[:, :-1].contiguous(), two)
     with pytest.raises(ValueError, match="wire has 2 rows, expected 3"):
-        codec.decode(wire, torch.zeros(3, 128))
+        codec.decode(wire, three)
     with pytest.raises(ValueError, match="wire has 2 rows, expected 1"):
-        codec.decode(wire, torch.zeros(3, 128), torch.tensor([0]))
+        codec.decode(wire, three, torch.tensor([0]))
 
 
-def test_int8_refuses_float64() -> None:
-    with pytest.raises(ValueError, match="takes float32, float16 or bfloat16 rows, got Double"):
-        make_compressor("int8").encode(torch.zeros(1, 4, dtype=torch.float64))
+@codecs
+@pytest.mark.parametrize("dtype", [torch.float64, *ALL])
+def test_other_dtypes_are_refused(name: str, dtype: torch.dtype) -> None:
+    if dtype in PROMISES[name].dtypes or PROMISES[name].bits is None:
+        return
+    with pytest.raises(ValueError, match=r"takes .* rows, got "):
+        make_compressor(name).encode(torch.zeros(1, 4, dtype=dtype))
+
+
+@codecs
+def test_any_wire_decodes_or_is_refused(name: str) -> None:
+    codec, dtype = make_compressor(name), first_dtype(name)
+    generator = torch.Generator().manual_seed(7)
+    for hidden in (1, 100, 128, 1000):
+        width = codec.row_bytes(hidden, dtype)
+        for most in (1, 16, 256):
+            wire = torch.randint(0, most, (3, width), generator=generator, dtype=torch.uint8)
+            out = torch.empty(3, hidden, dtype=dtype)
+            try:
+                codec.decode(wire, out)
+            except ValueError as error:
+                assert "corrupt" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("name", ["hadamard_int8", "int4"])
+def test_hadamard_keeps_its_error_whatever_the_data(name: str) -> None:
+    rows, most = normal(64, 512), PROMISES[name].max_error * 1.35
+    outliers = rows.clone()
+    outliers[:, ::100] *= 100
+    smooth = 10 + torch.linspace(0, 1, 512).repeat(64, 1)
+    for data in (outliers, smooth, torch.ones(4, 512), torch.eye(128)):
+        assert (round_trip(name, data) - data).norm() <= most * data.norm()
+
+
+def test_fp8_codes_are_those_of_torch() -> None:
+    rows = normal(16, 128)
+    rows[:, 0] = 448.0  # so that the scale is one
+    rows[:, 1:] *= torch.logspace(-4, 2, 127)
+    wire = make_compressor("fp8").encode(rows.clamp(-448, 448))
+    expected = rows.clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(wire[:, :128], expected.view(torch.uint8))
+    every = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    out = torch.empty(2, 128)
+    make_compressor("fp8").decode(torch.cat([every, torch.ones(2, 1).view(torch.uint8)], dim=1), out)
+    assert torch.equal(out.nan_to_num(nan=-1.0), every.view(torch.float8_e4m3fn).float().nan_to_num(nan=-1.0))
+
+
+def test_bf16_rounds_as_torch_does() -> None:
+    rows = torch.cat([normal(8, 200), normal(8, 200) * 1e38, normal(8, 200) * 1e-40])
+    assert torch.equal(round_trip("bf16", rows), rows.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", ["zfp:0.5", "zfp:33", "zfp:-1", "zfp:nan", "zfp:eight", "zfp:8bits"])
+def test_bad_rates(name: str) -> None:
+    rate = name.partition(":")[2]
+    with pytest.raises(ValueError, match=rf"the rate of zfp is '{rate}', expected a number from 1 to 32"):
+        make_compressor(name)
+
+
+def test_settings_where_none_belong() -> None:
+    with pytest.raises(ValueError, match="'int8' takes no setting, got 'int8:4'"):
+        make_compressor("int8:4")
+    with pytest.raises(ValueError, match="'zfp:' lacks a setting"):
+        make_compressor("zfp:")
+    with pytest.raises(ValueError, match="'python-bf16' takes no setting, got 'python-bf16:2'"):
+        make_compressor("python-bf16:2")
+
+
+def test_lossless_carries_every_bit_or_says_beforehand_that_it_cannot() -> None:
+    codec = make_compressor("lossless")
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    narrow = every.view(-1, 128)  # one exponent per row, NaN, infinities and subnormals among them
+    relu = normal(64, 1000).clamp(min=0).bfloat16()
+    outliers = normal(64, 1000)
+    outliers[:, ::100] *= 1e6
+    for rows in (narrow, relu, outliers.bfloat16()):
+        assert codec.fits(rows)
+        back, numbers = round_trip("lossless", rows), ~rows.isnan()
+        assert torch.equal(back[numbers].view(torch.int16), rows[numbers].view(torch.int16))
+        assert back[~numbers].isnan().all()
+    scattered = every[torch.randperm(1 << 16, generator=torch.Generator().manual_seed(1))].view(-1, 128)
+    assert not codec.fits(scattered)
+    with pytest.raises(ValueError, match="ask fits"):
+        codec.encode(scattered)
+    assert codec.fits(scattered[:0])
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown compressor 'int9'; known: installed-copy, int8, none, python-bf16"):
-        make_compressor("int9")
+    known = "bf16, fp8, hadamard_int8, installed-copy, int4, int8, lossless, none, python-bf16, zfp"
+    for name in ("int9", "int9:4"):
+        with pytest.raises(ValueError, match=f"unknown compressor 'int9'; known: {known}"):
+            make_compressor(name)
 
 
 @pytest.mark.gpu
-@codecs
-@pytest.mark.parametrize("dtype", DTYPES)
+@codecs_and_dtypes
 @pytest.mark.parametrize("hidden", [1, 129, 1000])
 def test_cuda_decodes_what_the_cpu_does(name: str, dtype: torch.dtype, hidden: int) -> None:
     codec, rows = make_compressor(name), normal(64, hidden, dtype)

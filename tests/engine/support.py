@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from planmoe_ds.codecs import make_codecs
+from planmoe_ds.compression import CompressionConfig
 from planmoe_ds.config import parse_config
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import connect
+from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer
-from planmoe_ds.pipeline import Codecs
 from planmoe_ds.plan import Routes
 from planmoe_ds.recorder import Recorder
-from planmoe_ds.wire import LinkCodecs
 
 
 def make_layer(settings: dict[str, object], index: int = 0) -> ExpertParallelLayer:
@@ -23,8 +24,10 @@ def make_layer(settings: dict[str, object], index: int = 0) -> ExpertParallelLay
     config = parse_config(settings)
     device = rank_device()
     group = connect({"experts": list(range(dist.get_world_size()))}, config, device)["experts"]
-    codecs = Codecs(**{key: LinkCodecs.everywhere(name) for key, name in config.compression.model_dump().items()})
-    return ExpertParallelLayer(index=index, config=config, group=group, codecs=codecs, recorder=Recorder(device))
+    assert isinstance(config.compression, CompressionConfig)
+    codecs, recorder = make_codecs(config.compression), Recorder(device)
+    guard = None if config.guard is None else QualityGuard(config.guard, config.compression, index, recorder)
+    return ExpertParallelLayer(index=index, config=config, group=group, codecs=codecs, recorder=recorder, guard=guard)
 
 
 def rank_device() -> torch.device:

@@ -29,10 +29,14 @@ MAX_RANKS = 8
 
 
 class RankPool:
-    """Up to eight rank processes, started when first needed and kept, with torch and DeepSpeed imported."""
+    """Up to eight rank processes, started when first needed and kept, with torch imported.
 
-    def __init__(self, backend: str = "gloo") -> None:
+    preload: with DeepSpeed as well.
+    """
+
+    def __init__(self, backend: str = "gloo", preload: bool = True) -> None:
         self._backend = backend
+        self._preload = preload
         self._processes: list[RankProcess] = []
         self._num_paths = 0
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
@@ -79,7 +83,7 @@ class RankPool:
     def _reuse(self, world_size: int) -> list[RankProcess]:
         self._processes = [process for process in self._processes if process.is_alive]
         missing = world_size - len(self._processes)
-        self._processes += self._start([{}] * missing, preload=True)
+        self._processes += self._start([{}] * missing, self._preload)
         return self._processes[:world_size]
 
     def _start(self, environments: Sequence[Mapping[str, str]], preload: bool) -> list[RankProcess]:

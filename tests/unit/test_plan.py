@@ -14,7 +14,8 @@ from planmoe_ds.backend import RowRoutes, TokenOrder, find_experts, order_tokens
 from planmoe_ds.config import ChunkBy, parse_config
 from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.group import connect
-from planmoe_ds.plan import NO_ROUTE, Header, PlanRequest, _lay_out, build_plan
+from planmoe_ds.headers import Header
+from planmoe_ds.plan import NO_ROUTE, PlanRequest, _lay_out, build_plan
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.topology import Topology
 from tests.harness.ranks import RankPool
@@ -270,6 +271,13 @@ def test_layouts(num_sources: int, num_local: int, seed: int, padded: bool) -> N
     assert layout.num_rows == (num_sources * num_local * capacity if padded else int(counts.sum()))
 
 
+def test_sources_in_another_order() -> None:
+    counts = torch.tensor([[2, 1], [3, 0], [1, 4]])
+    layout, base = _lay_out(counts, None, (2, 0, 1))  # rank 1's rows first, then rank 2's, then rank 0's
+    assert layout.rows_of_expert == (6, 5)
+    assert base.tolist() == [[4, 10], [0, 6], [3, 6]]
+
+
 def test_a_source_with_more_rows_than_the_capacity_is_not_cut_off() -> None:
     layout, base = _lay_out(torch.tensor([[9, 1]]), 4)
     assert layout.padded_shape == (1, 2, 9)
@@ -291,8 +299,8 @@ def launch_in_order(orders: list[str]) -> str:
         assert arrival.exchange is not None
         arrival.exchange.wait()
     request = PlanRequest(
-        num_chunks=1, chunk_by=ChunkBy.TOKEN, header=Header(7, 4, 4, 1), row_bytes=16, padded_capacity=None,
-        row_order=None,
+        num_chunks=1, chunk_by=ChunkBy.TOKEN, row_bytes=16, padded_capacity=None, row_order=None,
+        header=Header(layer=7, hidden_size=4, routes_per_token=1, num_experts=3),
     )  # fmt: skip
     label = Label("plan", 7, -1, "forward")
     try:

@@ -1,0 +1,145 @@
+"""The command line: planmoe's flags, and what becomes of them in Megatron's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from planmoe_ds.config import PlanMoEConfig, parse_config
+from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.integrations.megatron_limits import problems_of
+
+DISPATCHER = "moe_token_dispatcher_type"
+ALIAS = "--moe-token-dispatcher"
+FILE_FLAG = "--planmoe-config"
+SETTINGS = {  # flag -> key of PlanMoEConfig
+    f"--planmoe-{key.replace('_', '-')}": key for key in PlanMoEConfig.model_fields if key != "enabled"
+}
+SHARED = (  # of Megatron's own: ranks that disagree on them hang without a word
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "num_layers", "hidden_size", "num_experts",
+    "moe_router_topk", "seq_length", "micro_batch_size", "global_batch_size", "bf16", "fp16",
+    "use_distributed_optimizer", "recompute_granularity",
+)  # fmt: skip
+
+
+def with_flags(add_megatron_arguments: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the parser know planmoe as a dispatcher, and its settings."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_megatron_arguments(parser)
+        action = next((action for action in parser._actions if action.dest == DISPATCHER), None)
+        if action is None:
+            raise ImportError(f"Megatron's parser has no --{DISPATCHER.replace('_', '-')}: nowhere to add planmoe")
+        action.choices = [*(action.choices or []), "planmoe"]
+        action.option_strings = [*action.option_strings, ALIAS]
+        parser._option_string_actions[ALIAS] = action
+        group = parser.add_argument_group("planmoe", f"for {ALIAS} planmoe")
+        group.add_argument(FILE_FLAG, help="JSON or YAML file of settings; the flags below override it")
+        for flag, key in SETTINGS.items():
+            group.add_argument(flag, type=_json_or_text, help=PlanMoEConfig.model_fields[key].description)
+        _check_spelling(sys.argv[1:])
+        return parser
+
+    return add_arguments
+
+
+def with_choice(parse_args: Callable[..., Any]) -> Callable[..., Any]:
+    """Check planmoe's part of the arguments as soon as they are parsed, and set args.planmoe."""
+
+    def parse(*args: Any, **kwargs: Any) -> Any:
+        parsed = parse_args(*args, **kwargs)
+        read_choice(parsed)
+        return parsed
+
+    return parse
+
+
+def read_choice(args: Any) -> None:
+    """Set args.planmoe to the section of settings, None when off, and the dispatcher back to "alltoall".
+
+    Raises PlanMoEConfigError that names everything that is wrong.
+    """
+    places = [args, *(part for part in (getattr(args, "language_model", None),) if part is not None)]  # YAML nests
+    chosen = [place for place in places if getattr(place, DISPATCHER, None) == "planmoe"]
+    given = {key: value for flag, key in SETTINGS.items() if (value := getattr(args, _name(flag), None)) is not None}
+    path = getattr(args, _name(FILE_FLAG), None)
+    if not chosen:
+        if given or path is not None:
+            flags = ([FILE_FLAG] if path else []) + [flag for flag, key in SETTINGS.items() if key in given]
+            raise PlanMoEConfigError(f"{', '.join(flags)} without {ALIAS} planmoe: add it, or leave these out")
+        args.planmoe = None
+        return
+    for place in chosen:
+        setattr(place, DISPATCHER, "alltoall")  # Megatron knows what goes with it by this name
+    section = {**_read_file(path), **given}
+    parse_config(section, "planmoe")
+    _check_arguments(chosen[0])
+    args.planmoe = section
+
+
+def shared_settings(args: Any) -> dict[str, str]:
+    """What every rank must have in common, by flag."""
+    return {f"--{name.replace('_', '-')}": str(getattr(args, name, None)) for name in SHARED}
+
+
+def _check_arguments(args: Any) -> None:
+    problems = problems_of(args)
+    num_experts, size = getattr(args, "num_experts", None), getattr(args, "expert_model_parallel_size", 1)
+    if num_experts is None and not getattr(args, "use_checkpoint_args", False):
+        problems.append("no MoE layer in the model: give --num-experts, or leave --moe-token-dispatcher planmoe out")
+    elif num_experts is not None and num_experts % size:
+        problems.append(
+            f"--expert-model-parallel-size {size} does not divide --num-experts {num_experts}: every rank must hold "
+            "the same number of experts"
+        )
+    if problems:
+        raise PlanMoEConfigError(f"{ALIAS} planmoe does not work with these arguments:\n  " + "\n  ".join(problems))
+
+
+def _check_spelling(arguments: list[str]) -> None:
+    known = [FILE_FLAG, *SETTINGS]
+    for argument in arguments:
+        flag = argument.split("=")[0]
+        if flag.startswith("--planmoe") and flag not in known:
+            nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.4)
+            hint = f"did you mean {nearest[0]}? " if nearest else ""
+            raise PlanMoEConfigError(f"unknown argument {flag}; {hint}known: {', '.join(known)}")
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _read_file(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise PlanMoEConfigError(f"{FILE_FLAG} {path}: {error.strerror}") from error
+    try:
+        if path.endswith((".yaml", ".yml")):
+            section = importlib.import_module("yaml").safe_load(text)
+        else:
+            section = json.loads(text)
+    except ModuleNotFoundError as error:
+        raise PlanMoEConfigError(f"{FILE_FLAG} {path}: YAML needs pyyaml; install it or write JSON") from error
+    except ValueError as error:
+        raise PlanMoEConfigError(f"{FILE_FLAG} {path} is not valid: {error}") from error
+    if not isinstance(section, dict):
+        raise PlanMoEConfigError(f"{FILE_FLAG} {path} must hold one section of settings, not {section!r}")
+    return section

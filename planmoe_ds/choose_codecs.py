@@ -1,0 +1,144 @@
+"""The compression "auto": a codec on the classes of links where it is predicted to save time, from measured costs.
+
+The candidate is hadamard_int8: of the codecs with about a quarter of float32's bytes the one whose error hardly depends
+on the data. A prediction is one dispatch, as in choose.py, plus encoding what a rank sends and decoding what it gets.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from planmoe_ds.backend import make_compressor
+from planmoe_ds.choose import TIE, LayerTraffic, predict
+from planmoe_ds.compression import AUTO, NONE, CompressionConfig
+from planmoe_ds.config import PlanMoEConfig
+from planmoe_ds.costs import ClusterCosts, LinkCost
+from planmoe_ds.group import ExpertGroup
+from planmoe_ds.topology import Topology
+
+CANDIDATE = "hadamard_int8"
+_MEASURED_BYTES = 1 << 22
+_REPEATS = 5
+_ONE_AFTER_ANOTHER = "hierarchical"  # the all-to-all whose legs do not overlap
+
+
+@dataclass(frozen=True)
+class CodecCost:
+    """A codec for rows of one kind: bytes it makes of a byte, and seconds to encode and decode that byte."""
+
+    name: str
+    ratio: float
+    seconds_per_byte: float
+
+
+@dataclass(frozen=True)
+class CodecChoice:
+    """The codecs, and a sentence that says why."""
+
+    compression: CompressionConfig
+    reason: str
+
+
+def measure_codec(name: str, hidden: int, dtype: torch.dtype, device: torch.device) -> CodecCost:
+    """Median over a few rounds on this device, the slowest rank's; every rank of the world calls this together."""
+    codec = make_compressor(name)
+    rows = torch.randn(max(1, _MEASURED_BYTES // (hidden * dtype.itemsize)), hidden, device=device).to(dtype)
+    out, seconds = torch.empty_like(rows), []
+    for _ in range(_REPEATS + 1):
+        _synchronize(device)
+        start = time.perf_counter()
+        codec.decode(codec.encode(rows), out)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    everyone: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(everyone, median(seconds[1:]) / (rows.numel() * rows.element_size()))
+    return CodecCost(name, codec.row_bytes(hidden, dtype) / (hidden * dtype.itemsize), max(everyone))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def choose_codecs(
+    costs: ClusterCosts, topology: Topology, traffic: LayerTraffic, comm: str, codec: CodecCost
+) -> CodecChoice:
+    """The codec on the classes of links where it saves more than 3 % of a dispatch with the all-to-all `comm`.
+
+    Raises ValueError as `predict` does.
+    """
+    legs = _Legs(costs, topology, traffic, comm)
+    plans = ((False, False), (True, False), (False, True), (True, True))  # inter, intra; the simplest first
+    seconds = {plan: legs.seconds(codec, *plan) for plan in plans}
+    limit = min(seconds.values()) * (1 + TIE)
+    inter, intra = chosen = next(plan for plan in plans if seconds[plan] <= limit)
+    compression = CompressionConfig(inter=codec.name if inter else NONE, intra=codec.name if intra else NONE)
+    without = f"{seconds[False, False] * 1e3:.3g} ms"
+    if chosen == (False, False):
+        best = min(plans[1:], key=lambda plan: seconds[plan])
+        return CodecChoice(
+            compression,
+            f"no codec: a dispatch is predicted to take {without}, with {codec.name} {seconds[best] * 1e3:.3g} ms",
+        )
+    where = " and ".join(words for words, used in (("between nodes", inter), ("inside nodes", intra)) if used)
+    return CodecChoice(
+        compression,
+        f"{codec.name} {where}: a dispatch is predicted to take {seconds[chosen] * 1e3:.3g} ms instead of {without}",
+    )
+
+
+class _Legs:
+    """Bytes of a dispatch over both classes of links, and what they cost."""
+
+    def __init__(self, costs: ClusterCosts, topology: Topology, traffic: LayerTraffic, comm: str) -> None:
+        rows = predict(comm, costs, topology, traffic)
+        per_row = traffic.tokens_per_rank * traffic.row_bytes
+        self.intra_bytes, self.inter_bytes = rows.intra_rows * per_row, rows.inter_rows * per_row
+        both = costs.intra_while_both is not None and self.intra_bytes > 0 and self.inter_bytes > 0
+        self.in_turn = comm == _ONE_AFTER_ANOTHER
+        busy = both and not self.in_turn
+        self.intra = costs.intra_while_both if busy else costs.intra
+        self.inter = costs.inter_while_both if busy else costs.inter
+
+    def seconds(self, codec: CodecCost, inter: bool, intra: bool) -> float:
+        """A dispatch with the codec on these classes of links."""
+        legs = (
+            _seconds(self.inter, self.inter_bytes * (codec.ratio if inter else 1.0)),
+            _seconds(self.intra, self.intra_bytes * (codec.ratio if intra else 1.0)),
+        )
+        coded = self.inter_bytes * inter + self.intra_bytes * intra
+        return (sum(legs) if self.in_turn else max(legs)) + coded * codec.seconds_per_byte
+
+
+def _seconds(cost: LinkCost | None, num_bytes: float) -> float:
+    return 0.0 if cost is None else cost.seconds(num_bytes)
+
+
+def resolve_compression(
+    config: PlanMoEConfig,
+    connected: dict[str, ExpertGroup],
+    traffic: dict[str, LayerTraffic],
+    rows: tuple[int, torch.dtype, torch.device],
+) -> dict[str, CodecChoice]:
+    """The codecs of every group of `traffic` by name; every rank of the world calls this together.
+
+    rows: hidden size, dtype and device of what travels, for measuring the codec.
+    """
+    if config.compression != AUTO:
+        assert isinstance(config.compression, CompressionConfig)
+        return dict.fromkeys(traffic, CodecChoice(config.compression, config.compression.describe()))
+    codec = measure_codec(CANDIDATE, *rows)
+    choices = {}
+    for name, load in traffic.items():
+        group = connected[name]
+        if group.size == 1 or group.costs is None:
+            choices[name] = CodecChoice(CompressionConfig(), "no codec: nothing travels")
+        else:
+            topology = Topology(tuple(group.comm.node_of_rank))
+            choices[name] = choose_codecs(group.costs, topology, load, group.choice.name, codec)
+    return choices

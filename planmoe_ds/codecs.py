@@ -1,0 +1,62 @@
+"""The compressors in use, by direction and kind of link.
+
+There is no error feedback, on purpose. Adding what a codec lost to the next thing sent is sound where the same quantity
+is sent again and only its sum over time matters, such as a parameter's gradient to its optimizer. Here a row is a token
+(or its gradient, or a sum of its experts' outputs): in the next step other tokens stand at its place, or the same one
+goes to other experts on other ranks, so what was lost belongs to nothing that follows, and would be noise there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from planmoe_ds.backend import Compressor, make_compressor
+from planmoe_ds.compression import DIRECTIONS, NONE, CompressionConfig
+
+
+@dataclass(frozen=True)
+class LinkCodecs:
+    """The compressor of each kind of link, for one direction.
+
+    near: to the ranks of this node; far: between nodes; inner: sums on their way to the rank that adds up its node's
+    before they go on.
+    """
+
+    near: Compressor
+    far: Compressor
+    inner: Compressor
+
+    @classmethod
+    def everywhere(cls, name: str) -> LinkCodecs:
+        """One codec for both kinds of links; what is summed up on the way is encoded once, where it is complete."""
+        codec = make_compressor(name)
+        return cls(codec, codec, make_compressor(NONE))
+
+    def fit(self, rows: torch.Tensor) -> bool:
+        """Whether these codecs can carry all of `rows` [R, H]."""
+        return all(codec.fits(rows) for codec in (self.near, self.far) if codec.may_refuse)
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """The compressors of each direction."""
+
+    dispatch: LinkCodecs
+    combine: LinkCodecs
+    gradients: LinkCodecs
+
+    def with_raw_tokens(self) -> Codecs:
+        """The same for tokens that the codecs cannot carry."""
+        return replace(self, dispatch=LinkCodecs.everywhere(NONE))
+
+
+def make_codecs(compression: CompressionConfig) -> Codecs:
+    """The compressors that the config names."""
+    made = {}
+    for direction in DIRECTIONS:
+        links = compression.links(direction)
+        sums = NONE if direction == "dispatch" else compression.sums  # tokens are not summed up
+        made[direction] = LinkCodecs(*(make_compressor(name) for name in (links.intra, links.inter, sums)))
+    return Codecs(**made)

@@ -1,0 +1,174 @@
+"""Runs the tasks of a pass in their order, and takes their times when asked to."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from planmoe_ds.backend import Clock, Exchange, Stamp
+from planmoe_ds.scheduling import ChunkCosts, ExchangeCosts, Kind, Task
+from planmoe_ds.trace import Phase
+
+Step = Callable[[int], None]  # runs one task of a chunk
+
+COLUMNS = 10  # numbers per chunk in a vector of costs; NaN: not measured
+_COMPUTE_COLUMN = {
+    Kind.ENCODE: 0,
+    Kind.DECODE: 3,
+    Kind.EXPERT: 4,
+    Kind.ENCODE_BACK: 5,
+    Kind.COLLECT: 8,
+    Kind.WEIGHTS: 9,
+}
+_EXCHANGE_COLUMN = {Kind.DISPATCH: 1, Kind.COMBINE: 6}  # intra, then inter
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of one pass's tasks, the same on every rank.
+
+    splits: chunks whose weight gradients have other tasks between themselves and the input's gradient.
+    """
+
+    tasks: tuple[Task, ...]
+    splits: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        follows = zip(self.tasks, self.tasks[1:], strict=False)
+        joined = {
+            first.chunk
+            for first, second in follows
+            if (first.kind, second.kind, first.chunk) == (Kind.EXPERT, Kind.WEIGHTS, second.chunk)
+        }
+        apart = {task.chunk for task in self.tasks if task.kind is Kind.WEIGHTS} - joined
+        object.__setattr__(self, "splits", frozenset(apart))
+
+
+class Measurement:
+    """Times of one call's tasks: taken as they run, read later, when the device has finished them."""
+
+    def __init__(self, clock: Clock, *, one_network: bool) -> None:
+        self._clock = clock
+        self._one_network = one_network
+        self._spans: list[tuple[Phase, Kind, int, Stamp, Stamp]] = []
+        self._exchanges: list[tuple[Phase, Kind, int, Exchange]] = []
+
+    @contextmanager
+    def span(self, phase: Phase, kind: Kind, chunk: int) -> Iterator[None]:
+        """Time the enclosed work."""
+        start = self._clock.stamp()
+        yield
+        self._spans.append((phase, kind, chunk, start, self._clock.stamp()))
+
+    def add_exchange(self, phase: Phase, kind: Kind, chunk: int, exchange: Exchange) -> None:
+        """An exchange that was waited for."""
+        self._exchanges.append((phase, kind, chunk, exchange))
+
+    def vector(self, num_chunks: int) -> torch.Tensor:
+        """Seconds, float64 [2, num_chunks, 10]: forward, backward; NaN where nothing was measured."""
+        found = torch.full((2, num_chunks, COLUMNS), math.nan, dtype=torch.float64)
+        for phase, kind, chunk, start, end in self._spans:
+            found[_row(phase), chunk, _COMPUTE_COLUMN[kind]] = (end.ns() - start.ns()) * 1e-9
+        for phase, kind, chunk, exchange in self._exchanges:
+            column = _EXCHANGE_COLUMN[kind]
+            found[_row(phase), chunk, column : column + 2] = torch.tensor(_links(exchange, self._one_network))
+        return found
+
+
+def _row(phase: Phase) -> int:
+    return 0 if phase == "forward" else 1
+
+
+def _links(exchange: Exchange, one_network: bool) -> tuple[float, float]:
+    """Seconds on the links inside nodes and between them.
+
+    one_network: legs wait for each other inside the exchange, so that it counts as one leg, from start to end.
+    """
+    spans = exchange.spans()
+    if one_network or any(lane == "exchange" for lane, _, _ in spans):
+        starts, ends = [start for _, start, _ in spans], [end for _, _, end in spans]
+        return 0.0, (max(ends, default=0) - min(starts, default=0)) * 1e-9
+    seconds = {lane: sum(end - start for name, start, end in spans if name == lane) for lane in ("intra", "inter")}
+    return seconds["intra"] * 1e-9, seconds["inter"] * 1e-9
+
+
+def costs_from(vectors: Sequence[torch.Tensor]) -> tuple[list[ChunkCosts] | None, list[ChunkCosts] | None]:
+    """Medians over calls as costs, forward and backward; None for a pass that was not measured."""
+    if not vectors:
+        return None, None
+    medians = torch.stack(list(vectors)).nanmedian(dim=0).values
+    return _costs(medians[0], backward=False), _costs(medians[1], backward=True)
+
+
+def _costs(medians: torch.Tensor, *, backward: bool) -> list[ChunkCosts] | None:
+    if bool(medians[:, 0].isnan().any()):
+        return None
+    return [_chunk_costs([0.0 if math.isnan(value) else value for value in row], backward) for row in medians.tolist()]
+
+
+def vector_of(forward: Sequence[ChunkCosts], backward: Sequence[ChunkCosts] | None) -> torch.Tensor:
+    """The inverse of costs_from for one call."""
+    missing = [[math.nan] * COLUMNS] * len(forward)
+    rows = [_row_of(chunk) for chunk in forward]
+    return torch.tensor(
+        [rows, missing if backward is None else [_row_of(chunk) for chunk in backward]], dtype=torch.float64
+    )
+
+
+def _row_of(chunk: ChunkCosts) -> list[float]:
+    out, home = chunk.dispatch, chunk.combine
+    weights = math.nan if chunk.weights is None else chunk.weights
+    return [
+        chunk.encode, out.intra, out.inter, chunk.decode, chunk.expert, chunk.encode_back, home.intra, home.inter,
+        chunk.collect, weights,
+    ]  # fmt: skip
+
+
+def _chunk_costs(row: Sequence[float], backward: bool) -> ChunkCosts:
+    return ChunkCosts(
+        encode=row[0],
+        dispatch=ExchangeCosts(row[1], row[2]),
+        decode=row[3],
+        expert=row[4],
+        encode_back=row[5],
+        combine=ExchangeCosts(row[6], row[7]),
+        collect=row[8],
+        weights=row[9] if backward else None,
+    )
+
+
+def mean_chunk(chunks: Sequence[ChunkCosts]) -> float:
+    """Seconds of all tasks of a chunk, on average; what drifts."""
+    return statistics.fmean(
+        sum(value.intra + value.inter if isinstance(value, ExchangeCosts) else value or 0.0 for value in _fields(chunk))
+        for chunk in chunks
+    )
+
+
+def _fields(chunk: ChunkCosts) -> list[float | ExchangeCosts | None]:
+    return [getattr(chunk, name) for name in chunk.__dataclass_fields__]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What every kind of task does, and what it waits for before."""
+
+    run: Mapping[Kind, Step]
+    wait: Mapping[Kind, Step]
+
+
+def run_tasks(order: Order, steps: Steps, phase: Phase, measurement: Measurement | None) -> None:
+    """Run every task; those that compute are timed, without their waits, where a measurement is under way."""
+    for task in order.tasks:
+        if task.kind in steps.wait:
+            steps.wait[task.kind](task.chunk)
+        if measurement is None or task.kind.is_exchange:
+            steps.run[task.kind](task.chunk)
+        else:
+            with measurement.span(phase, task.kind, task.chunk):
+                steps.run[task.kind](task.chunk)

@@ -1,0 +1,340 @@
+"""Megatron: activate() sends every MoELayer of a megatron.core model through planmoe.
+
+The classes of a layer and of its all-to-all dispatcher become subclasses that hand the layer's tokens, the router's
+decision and the experts to the engine. Parameters, checkpoints, isinstance checks, router, shared experts and the
+config, whose moe_token_dispatcher_type stays "alltoall", are Megatron's. With megatron.training, megatron_patches
+calls activate(); models built from megatron.core alone call it themselves.
+
+Shape legend: T tokens of this rank, E experts, K routes per token, H hidden size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_capacity
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import nn
+
+from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
+from planmoe_ds.choose import LayerTraffic
+from planmoe_ds.choose_codecs import CodecChoice, resolve_compression
+from planmoe_ds.codecs import make_codecs
+from planmoe_ds.compression import AUTO
+from planmoe_ds.config import Exactness, PlanMoEConfig, parse_config
+from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError
+from planmoe_ds.group import ExpertGroup, connect
+from planmoe_ds.guard import QualityGuard
+from planmoe_ds.integrations.megatron_limits import check_supported
+from planmoe_ds.layer import ExpertParallelLayer
+from planmoe_ds.plan import NO_ROUTE, ExpertLayout, Routes
+from planmoe_ds.recorder import Recorder
+from planmoe_ds.sharded_experts import forward_sharded
+
+NOMINAL_TOKENS = 4096  # tokens per rank and layer call that all-to-alls are compared for
+
+
+@dataclass(frozen=True)
+class Session:
+    """planmoe on one model: what activate() returns, also found as `planmoe` on each model chunk."""
+
+    config: PlanMoEConfig
+    num_layers: int
+    recorder: Recorder
+
+
+@dataclass(frozen=True)
+class MegatronExperts:
+    """Megatron's experts of one rank, whichever class; they multiply by the routes' weights themselves."""
+
+    module: nn.Module
+    takes_weights: bool = True
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable ones."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def run(self, buffer: torch.Tensor, layout: ExpertLayout, weights: torch.Tensor | None) -> torch.Tensor:
+        """Buffer [rows, H] in `layout` and weights [rows] -> outputs [rows, H] in the same places."""
+        output, bias = self.module(buffer, torch.tensor(layout.rows_of_expert), weights)
+        if bias is not None:
+            raise PlanMoEError(f"{type(self.module).__name__} returned a bias apart, which no MoE layer can add")
+        return output
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer call's stages need of the first one."""
+
+    shape: torch.Size  # of the hidden states
+    routing_map: torch.Tensor  # bool [T, E]
+
+
+class PlanMoEDispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
+    """The dispatcher of a PlanMoELayer, which calls run() between its first and its last stage.
+
+    Whoever calls the six stages one by one gets Megatron's own all-to-all: the engine has the experts in its middle.
+    """
+
+    planmoe: ExpertParallelLayer
+    _call: _Call | None = None
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [..., H] and the router's decision [T, E] -> tokens [T, H] and probs, as they are."""
+        self._call = _Call(hidden_states.shape, routing_map)
+        return hidden_states.reshape(-1, hidden_states.shape[-1]), probs
+
+    def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor, *args: Any) -> Any:
+        """Stage by stage: Megatron's own permutation and exchange."""
+        call = self._take_call()
+        tokens, probs = super().dispatch_preprocess(tokens.view(call.shape), call.routing_map, probs)
+        return super().token_dispatch(tokens, probs, *args)
+
+    def run(self, tokens: torch.Tensor, probs: torch.Tensor, experts: nn.Module) -> torch.Tensor:
+        """Tokens [T, H] and probs [T, E] -> weighted sums of expert outputs [T, H]."""
+        assert self._call is not None
+        if self.shared_experts is not None:  # on their own stream, beside everything that follows
+            self.shared_experts.pre_forward_comm(tokens.view(self._call.shape))
+            self.shared_experts.linear_fc1_forward_and_act()
+            self.shared_experts.linear_fc2_forward()
+            self.shared_experts.post_forward_comm()
+        routes = self._find_routes(self._call.routing_map, probs)
+        self._count_stock_bytes(tokens, probs)
+        return forward_sharded(self.planmoe, tokens, routes, MegatronExperts(experts), self.tp_size)
+
+    def token_combine(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """After run() nothing is left to exchange."""
+        return hidden_states if self._call is not None else super().token_combine(hidden_states, *args, **kwargs)
+
+    def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """After run(): sums [T, H] -> [..., H], the shared experts' output added."""
+        if self._call is None:
+            return super().combine_postprocess(hidden_states)
+        output = hidden_states.view(self._take_call().shape)
+        return output if self.shared_experts is None else output + self.shared_experts.get_output()
+
+    def _take_call(self) -> _Call:
+        call, self._call = self._call, None
+        if call is None:
+            raise PlanMoEError("dispatch_preprocess must come first in every call of a token dispatcher's stages")
+        return call
+
+    def _find_routes(self, routing_map: torch.Tensor, probs: torch.Tensor) -> Routes:
+        """Mask [T, E] and probs [T, E] -> routes; only exact results need the routes that fill an expert's capacity.
+
+        Those have probs of zero, which no sum shows, but any number of them per token.
+        """
+        top_k = self.config.moe_router_topk
+        if self.drop_and_pad and self.planmoe.config.resolved_exactness is Exactness.EXACT:
+            top_k = self.num_experts
+        elif self.drop_and_pad:
+            routing_map = routing_map & (probs != 0)
+        return find_routes(routing_map, probs, top_k)
+
+    def _count_stock_bytes(self, tokens: torch.Tensor, probs: torch.Tensor) -> None:
+        """Tokens and probs out, outputs back, and the same backward; to every tensor-parallel rank of an expert."""
+        rows = tokens.shape[0] * self.config.moe_router_topk
+        if self.drop_and_pad:
+            rows = self.num_experts * get_capacity(rows, self.num_experts, self.moe_expert_capacity_factor)
+        row_bytes = 2 * tokens.shape[1] * tokens.element_size() + probs.element_size()
+        peers, size = self.planmoe.group.size - 1, self.planmoe.group.size
+        passes = 2 if torch.is_grad_enabled() else 1
+        self.planmoe.recorder.add_stock_bytes(passes * rows * row_bytes * self.tp_size * peers // size)
+
+
+class PlanMoELayer(MoELayer):  # type: ignore[misc]
+    """A MoELayer whose tokens travel through planmoe; activate() makes them, and sets up those built from a spec."""
+
+    def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nothing yet: dispatch, experts and combine are one in routed_experts_compute()."""
+        return hidden_states, probs
+
+    def routed_experts_compute(self, hidden_states: torch.Tensor, probs: torch.Tensor, *_: Any) -> Any:
+        """Tokens [T, H] and probs [T, E] -> (weighted sums of expert outputs [T, H], no bias)."""
+        dispatcher = self.token_dispatcher
+        if not isinstance(dispatcher, PlanMoEDispatcher):
+            raise PlanMoEError(
+                "a PlanMoELayer was called before it was set up: call planmoe_ds.integrations.megatron.activate(model) "
+                "on every rank once the model is built"
+            )
+        return dispatcher.run(hidden_states, probs, self.experts), None
+
+
+def with_planmoe(moe_spec: ModuleSpec) -> ModuleSpec:
+    """A MoE layer's spec, as megatron.core's get_moe_module_spec() returns it, for layers that insist on planmoe."""
+    return ModuleSpec(module=PlanMoELayer, params=moe_spec.params, submodules=moe_spec.submodules)
+
+
+def activate(
+    model: nn.Module | Sequence[nn.Module],
+    section: object = True,
+    *,
+    settings: Mapping[str, str] | None = None,
+) -> Session | None:
+    """Send every MoELayer of a model, or of the chunks of a pipeline stage, through planmoe.
+
+    Every rank of the job calls this at the same time, after parallel_state.initialize_model_parallel() and after the
+    model is built, before its first batch. section: true, false or a mapping of PlanMoEConfig's keys. settings: what
+    else all ranks must have in common. Returns None when the section says off. Raises PlanMoEConfigError for what the
+    model's config has that planmoe does not support, PlanMoEMismatchError when ranks disagree.
+    """
+    chunks: list[Any] = [model] if isinstance(model, nn.Module) else list(model)
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
+    try:
+        config = parse_config(section)
+        if config.enabled:
+            for layer in layers[:1]:
+                check_supported(layer.config)
+    except PlanMoEConfigError as error:
+        _report_failure(str(error))
+        raise
+    agree(config, {**(settings or {}), **_describe(layers)})
+    if not config.enabled:
+        return None
+    session = _activate_layers(layers, config)
+    for chunk in chunks:
+        chunk.planmoe = session
+    return session
+
+
+def agree(config: PlanMoEConfig, settings: Mapping[str, str]) -> None:
+    """Compare planmoe's config and other settings with every other rank's; every rank calls this at the same time."""
+    shared = {ENABLED: str(config.enabled)}
+    if config.enabled:
+        shared |= {f"planmoe.{key}": str(value) for key, value in config.model_dump(mode="json").items()}
+        shared |= settings
+    check_agreement(shared)
+
+
+def _report_failure(reason: str) -> None:
+    """Let the other ranks know before this one raises; the caller's error is the better one."""
+    try:
+        check_agreement({FAILED: reason})
+    except RuntimeError:
+        return
+
+
+def _describe(layers: list[MoELayer]) -> dict[str, str]:
+    """What ranks that share experts must have in common, by the name a user knows it by."""
+    described = {}
+    for number, layer in enumerate(layers):
+        config, ranks = layer.config, _expert_ranks(layer)
+        described[f"MoE layer {number} of ranks {ranks}"] = (
+            f"{config.num_moe_experts} experts over {layer.token_dispatcher.ep_size} ranks, hidden size "
+            f"{config.hidden_size}, top-{config.moe_router_topk}, capacity factor "
+            f"{config.moe_expert_capacity_factor}, padded {config.moe_pad_expert_input_to_capacity}"
+        )
+    return described
+
+
+def _expert_ranks(layer: MoELayer) -> list[int]:
+    """Global ranks that hold the layer's experts: expert-parallel rank after rank, their tensor-parallel shards."""
+    dispatcher = layer.token_dispatcher
+    ranks = list(dist.get_process_group_ranks(dispatcher.tp_ep_group))
+    expected = dist.get_rank(dispatcher.ep_group) * dispatcher.tp_size + dispatcher.tp_rank
+    if ranks.index(dist.get_rank()) != expected:
+        raise PlanMoEConfigError(
+            f"planmoe expects tensor-parallel ranks next to each other inside the expert-parallel group, but rank "
+            f"{dist.get_rank()} is number {ranks.index(dist.get_rank())} of {ranks}, not {expected}: let 'tp' come "
+            "before 'ep' in the rank order"
+        )
+    return ranks
+
+
+def _activate_layers(layers: list[MoELayer], config: PlanMoEConfig) -> Session:
+    device = next(layers[0].parameters()).device if layers else torch.device("cpu")
+    names = {id(layer): str(_expert_ranks(layer)) for layer in layers}
+    my_groups = {names[id(layer)]: _expert_ranks(layer) for layer in layers}
+    traffic = {names[id(layer)]: _traffic(layer) for layer in layers}
+    connected = connect(my_groups, config, device, traffic)
+    recorder = Recorder(device)
+    compression = _compression(layers, config, connected, traffic, device)
+    for index, layer in enumerate(layers):
+        dispatcher = layer.token_dispatcher
+        chosen = compression[names[id(layer)]].compression
+        dispatcher.planmoe = ExpertParallelLayer(
+            index=index, config=config, group=connected[names[id(layer)]], codecs=make_codecs(chosen),
+            recorder=recorder,
+            guard=None if config.guard is None else QualityGuard(config.guard, chosen, index, recorder),
+            place_of_source=_place_of_source(dispatcher.ep_size, dispatcher.tp_size),
+        )  # fmt: skip
+        dispatcher.__class__ = PlanMoEDispatcher
+        layer.__class__ = PlanMoELayer
+    totals: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(totals, len(layers))
+    if not any(totals):
+        raise PlanMoEConfigError("planmoe is on, but the model has no MoE layer: give --num-experts, or leave it off")
+    if dist.get_rank() == totals.index(max(totals)):
+        print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
+    return Session(config, len(layers), recorder)
+
+
+def _place_of_source(num_holders: int, num_shards: int) -> tuple[int, ...] | None:
+    """Megatron gathers over tensor-parallel ranks last: an expert's rows come shard by shard, not rank by rank."""
+    if num_shards == 1:
+        return None
+    return tuple(rank % num_shards * num_holders + rank // num_shards for rank in range(num_holders * num_shards))
+
+
+def _traffic(layer: MoELayer) -> LayerTraffic:
+    """What a layer sends, as far as it is known before the first batch."""
+    config = layer.config
+    return LayerTraffic(
+        tokens_per_rank=NOMINAL_TOKENS,
+        row_bytes=config.hidden_size * next(layer.experts.parameters()).element_size(),
+        top_k=config.moe_router_topk * layer.token_dispatcher.tp_size,
+        num_experts=config.num_moe_experts * layer.token_dispatcher.tp_size,
+        once_per_rank=False,
+    )
+
+
+def _compression(
+    layers: list[MoELayer],
+    config: PlanMoEConfig,
+    connected: dict[str, ExpertGroup],
+    traffic: dict[str, LayerTraffic],
+    device: torch.device,
+) -> dict[str, CodecChoice]:
+    """The codecs by group."""
+    dtype = next(layers[0].experts.parameters()).dtype if layers else torch.float32
+    hidden = layers[0].config.hidden_size if layers else 1
+    return resolve_compression(config, connected, traffic, (hidden, dtype, device))
+
+
+def _announcement(
+    layers: list[MoELayer],
+    config: PlanMoEConfig,
+    connected: dict[str, ExpertGroup],
+    compression: dict[str, CodecChoice],
+) -> str:
+    comm = sorted({group.choice.name if config.comm != AUTO else group.choice.reason for group in connected.values()})
+    codecs = " and ".join(sorted({choice.reason for choice in compression.values()}))
+    dispatcher = layers[0].token_dispatcher
+    return (
+        f"planmoe: active on {len(layers)} MoE layers of this pipeline stage: all-to-all {' and '.join(comm)}, "
+        f"{config.chunks} chunks by {config.chunk_by.value}, {config.resolved_exactness.value}, compression "
+        f"({codecs}), expert-parallel size {dispatcher.ep_size}, expert-tensor-parallel size {dispatcher.tp_size}"
+    )
+
+
+def find_routes(routing_map: torch.Tensor, probs: torch.Tensor, top_k: int) -> Routes:
+    """The router's decision as a mask [T, E] and probs [T, E] -> routes [K, T], experts in ascending order.
+
+    Megatron adds a token's outputs in the order of the experts, and keeps tokens in order before an expert.
+    """
+    num_tokens, num_experts = routing_map.shape
+    from_last = torch.arange(num_experts, 0, -1, device=routing_map.device)
+    found = torch.where(routing_map, from_last, 0).topk(min(top_k, num_experts), dim=1).values
+    expert_TK = torch.where(found > 0, num_experts - found, NO_ROUTE)
+    weight_TK = probs.gather(1, expert_TK.clamp(min=0))
+    slot_KT = torch.arange(num_tokens, device=routing_map.device).expand(expert_TK.shape[1], -1)
+    return Routes(expert_TK.t(), slot_KT, weight_TK.t(), num_experts, None)

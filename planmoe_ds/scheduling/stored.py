@@ -1,0 +1,90 @@
+"""Costs that were learnt, kept as JSON for the next run on the same cluster with the same model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from planmoe_ds.scheduling.graph import ChunkCosts, ExchangeCosts, layer_graph
+
+
+class StoredPlanError(ValueError):
+    """A stored plan that cannot be used; the message names the file and why."""
+
+
+class StoredPlan(BaseModel):
+    """Costs of a layer's chunks; `cluster`, `model`: what they were measured on, compared word by word."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    cluster: str
+    model: str
+    forward: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    backward: tuple[dict[str, Any], ...] | None
+
+    def costs(self) -> tuple[list[ChunkCosts], list[ChunkCosts] | None]:
+        """As the planner learnt them; ValueError for costs that no task has."""
+        backward = None if self.backward is None else _read(self.backward)
+        return _read(self.forward), backward
+
+
+def _exchanges(chunk: dict[str, Any]) -> dict[str, Any]:
+    """A chunk's fields with its exchanges as ExchangeCosts."""
+    return {name: ExchangeCosts(**value) if isinstance(value, dict) else value for name, value in chunk.items()}
+
+
+def _read(chunks: tuple[dict[str, Any], ...]) -> list[ChunkCosts]:
+    try:
+        found = [ChunkCosts(**_exchanges(chunk)) for chunk in chunks]
+        layer_graph(found)
+    except TypeError as error:
+        raise ValueError(f"not the costs of a chunk: {error}") from None
+    return found
+
+
+def save_plan(
+    path: Path, cluster: str, model: str, forward: list[ChunkCosts], backward: list[ChunkCosts] | None
+) -> None:
+    """Write whole or not at all; OSError when the folder cannot be written."""
+    plan = {
+        "version": 1,
+        "cluster": cluster,
+        "model": model,
+        "forward": [asdict(chunk) for chunk in forward],
+        "backward": None if backward is None else [asdict(chunk) for chunk in backward],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # in the same file system: the rename is atomic
+        draft = Path(folder) / path.name
+        draft.write_text(json.dumps(plan, indent=1))
+        draft.replace(path)
+
+
+def load_plan(path: Path, cluster: str, model: str) -> StoredPlan | None:
+    """The plan kept at `path`, None without one.
+
+    StoredPlanError says why a file cannot be used: not a plan, or one of another cluster or model.
+    """
+    try:
+        plan = StoredPlan.model_validate(json.loads(path.read_text()))
+        plan.costs()
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"]) or "file"
+        raise StoredPlanError(f"{path}: {place}: {problem['msg']}") from None
+    except (OSError, ValueError) as error:
+        raise StoredPlanError(f"{path} cannot be used: {error}") from error
+    for name, stored, wanted in (("cluster", plan.cluster, cluster), ("model", plan.model, model)):
+        if stored != wanted:
+            raise StoredPlanError(
+                f"{path} is a plan for {name} '{stored}', this is '{wanted}': delete it, or name another"
+            )
+    return plan

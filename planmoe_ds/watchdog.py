@@ -1,0 +1,280 @@
+"""Nobody waits for ever: where every rank is, who is gone, and one reason that ends all ranks' waits.
+
+Every rank has one thread that talks to the others through the job's own key-value store, about once a second: it says
+where its rank is, that it lives, and looks for a reason to stop that another rank wrote. Only while its rank waits does
+it look at the others: a rank that is waiting in the same exchange for something else, that ended its program, or that
+has not been heard of for a while is a reason. The training threads never touch the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+from planmoe_ds.backend import Comm
+from planmoe_ds.errors import PlanMoEError, PlanMoEMismatchError
+
+PERIOD_SECONDS = 0.5  # at least; stretched so that the store never gets more than MAX_CALLS_PER_SECOND
+MAX_CALLS_PER_SECOND = 4000
+SILENCE_SECONDS = 20.0  # without a sign of life a rank that others wait for counts as gone
+KEPT_STEPS = 24
+_MOST_STORE_FAILURES = 3
+
+_FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank is: exchange `number` of group `group` (-1: none yet), `what` it does, `since` (time.time())."""
+
+    group: int
+    number: int
+    what: str
+    since: float
+    waits: bool
+
+    def describe(self) -> str:
+        """A clause such as "waits in layer 3 forward, dispatch of chunk 1, for 2.1 s"."""
+        verb = "waits in" if self.waits else "was last in"
+        return f"{verb} {self.what}, for {max(0.0, time.time() - self.since):.1f} s"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why everybody stops; `kind` is "mismatch" or "error"."""
+
+    rank: int
+    kind: str
+    text: str
+
+    def error(self) -> PlanMoEError:
+        """As every rank raises it."""
+        return (PlanMoEMismatchError if self.kind == "mismatch" else PlanMoEError)(self.text)
+
+
+_START = Position(-1, -1, "the start", 0.0, waits=False)
+
+
+class Watchdog:
+    """One rank's view of all others; collective to make, since it names the round of this job's store.
+
+    timeout_seconds: bound of every wait, None for the process groups' own.
+    """
+
+    def __init__(
+        self, comms: Sequence[Comm], members: Mapping[int, Sequence[int]], timeout_seconds: float | None
+    ) -> None:
+        """comms: all of this rank; members: the global ranks of its groups, by their numbers."""
+        self._monitor = _Monitor(comms, members, timeout_seconds)
+        self._monitor.start()
+        weakref.finalize(self, self._monitor.stop)
+
+    @contextlib.contextmanager
+    def waiting(self, group: int, number: int, what: str) -> Iterator[None]:
+        """Be waiting in exchange `number` of `group`; what goes wrong inside becomes the reason for all ranks."""
+        monitor = self._monitor
+        monitor.move(Position(group, number, what, time.time(), waits=True))
+        try:
+            yield
+            self.check()
+        except RuntimeError as error:
+            raise monitor.explain(error, what).error() from error
+        finally:
+            monitor.move(replace(monitor.position, since=time.time(), waits=False))
+
+    @contextlib.contextmanager
+    def reporting(self, where: str) -> Iterator[None]:
+        """Tell all ranks why this one leaves, if an error leaves."""
+        try:
+            yield
+        except BaseException as error:
+            self._monitor.publish(error, where)
+            raise
+
+    def check(self) -> None:
+        """Raise the reason to stop, if there is one."""
+        if self._monitor.reason is not None:
+            raise self._monitor.reason.error()
+
+
+class _Monitor(threading.Thread):
+    """The thread; holds no reference to the Watchdog, so that it ends with it."""
+
+    def __init__(
+        self, comms: Sequence[Comm], members: Mapping[int, Sequence[int]], timeout_seconds: float | None
+    ) -> None:
+        super().__init__(name="planmoe-watchdog", daemon=True)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.position = _START
+        self.reason: Reason | None = None
+        self._comms = [weakref.ref(comm) for comm in comms]
+        self._members = {number: tuple(ranks) for number, ranks in members.items()}
+        self._timeout = timeout_seconds
+        self._history: deque[Position] = deque(maxlen=KEPT_STEPS)
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._store = self._own_store()
+        self._published: Position | None = None
+        self._beat = 0
+        self._pulses: dict[int, tuple[bytes, float]] = {}
+        self._period = max(PERIOD_SECONDS, 3 * self.world_size / MAX_CALLS_PER_SECOND)
+
+    def _own_store(self) -> Store:
+        store = _get_default_store()
+        round_number = store.add(f"planmoe/watchdogs/{self.rank}", 1)
+        if hasattr(store, "clone"):
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                store = store.clone()  # a connection of its own: the program may block on the other one
+        return PrefixStore(f"planmoe/watch/{round_number}", store)
+
+    def move(self, position: Position) -> None:
+        """Be somewhere else; cheap."""
+        self.position = position
+        if position.waits:
+            self._history.append(position)
+
+    def stop(self) -> None:
+        """Say that this rank ended, and end the thread."""
+        self._stopping.set()
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"ended/{self.rank}", "1")
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join(timeout=2 * self._period + 1)
+
+    def explain(self, error: RuntimeError, what: str) -> Reason:
+        """The reason why a wait failed: one that is known, or else this error, which all ranks then learn."""
+        if self.reason is None:
+            time.sleep(self._period)  # a rank that is gone takes its neighbours along: who was first?
+            self._read_reason()
+        if self.reason is None:
+            kind = "mismatch" if isinstance(error, PlanMoEMismatchError) else "error"
+            text = f"rank {self.rank} stopped in {what}: {error}\n{self._where_all_are()}"
+            self._give(Reason(self.rank, kind, text))
+        assert self.reason is not None
+        return self.reason
+
+    def publish(self, error: BaseException, where: str) -> None:
+        """Let all ranks stop because of an error of this one's own."""
+        if self.reason is None and not isinstance(error, GeneratorExit):
+            kind = "mismatch" if isinstance(error, PlanMoEMismatchError) else "error"
+            text = (
+                str(error)
+                if kind == "mismatch"
+                else f"rank {self.rank} stopped in {where}: {type(error).__name__}: {error}"
+            )
+            self._give(Reason(self.rank, kind, text))
+
+    def run(self) -> None:
+        """Until stop()."""
+        failures = 0
+        while failures < _MOST_STORE_FAILURES and not self._stopping.wait(self._period):
+            failures = 0 if self._look_safely() else failures + 1
+        if failures and self.position.waits:
+            text = f"rank {self.rank} lost the job's store: the process that serves it, rank 0 or the launcher, is gone"
+            self._stop_all(Reason(self.rank, "error", text))
+
+    def _look_safely(self) -> bool:
+        """False when the store does not answer."""
+        try:
+            self._look()
+        except RuntimeError:
+            return False
+        return True
+
+    def _look(self) -> None:
+        if self.reason is None:
+            self._read_reason()
+        self._beat += 1
+        self._store.set(f"pulse/{self.rank}", str(self._beat))
+        position = self.position
+        if position != self._published:
+            self._store.set(f"position/{self.rank}", json.dumps(asdict(position)))
+            self._published = position
+        if self.reason is None and position.waits and time.time() - position.since > self._period:
+            found = self._suspect(position)
+            if found is not None and self.position is position:
+                self._give(found)
+
+    def _read_reason(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            if self._store.check([_FAILED]):
+                self._stop_all(Reason(**json.loads(self._store.get(_FAILED))))
+
+    def _suspect(self, mine: Position) -> Reason | None:
+        """What is wrong with a rank that this one waits for."""
+        for peer in self._members.get(mine.group, ()):
+            if peer == self.rank:
+                continue
+            theirs = self._position_of(peer)
+            if theirs is not None and theirs.waits and (theirs.group, theirs.number) == (mine.group, mine.number):
+                if theirs.what != mine.what:
+                    text = (
+                        f"ranks are in different places of one exchange: rank {self.rank} {mine.describe()}; rank "
+                        f"{peer} {theirs.describe()}. Every rank must run the same layers in the same order"
+                    )
+                    return Reason(self.rank, "mismatch", text)
+            elif self._store.check([f"ended/{peer}"]):
+                return self._missing(mine, peer, "ended its program")
+            elif self._is_silent(peer):
+                return self._missing(mine, peer, f"has not been heard of for {SILENCE_SECONDS:g} s: it died or hangs")
+        if self._timeout is not None and time.time() - mine.since > self._timeout + 2 * self._period:
+            text = f"rank {self.rank} {mine.describe()}, longer than timeout_seconds ({self._timeout:g})"
+            return Reason(self.rank, "error", f"{text}\n{self._where_all_are()}")
+        return None
+
+    def _missing(self, mine: Position, peer: int, how: str) -> Reason:
+        theirs = self._position_of(peer)
+        last = "" if theirs is None else f"; it {replace(theirs, waits=False).describe()}"
+        text = f"rank {peer} {how}, but rank {self.rank} {mine.describe()}{last}"
+        return Reason(self.rank, "error", f"{text}\n{self._where_all_are()}")
+
+    def _is_silent(self, peer: int) -> bool:
+        key, now = f"pulse/{peer}", time.monotonic()
+        pulse = self._store.get(key) if self._store.check([key]) else b""
+        seen, since = self._pulses.get(peer, (None, now))
+        if pulse != seen:
+            since = now
+        self._pulses[peer] = (pulse, since)
+        return now - since > SILENCE_SECONDS
+
+    def _position_of(self, peer: int) -> Position | None:
+        key = f"position/{peer}"
+        return Position(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+
+    def _where_all_are(self) -> str:
+        """A line per rank that has told where it is: of this rank's groups, or the whole small world."""
+        ranks = sorted({rank for ranks in self._members.values() for rank in ranks})
+        lines = []
+        with contextlib.suppress(RuntimeError):
+            for rank in ranks:
+                place = self.position if rank == self.rank else self._position_of(rank)
+                lines.append(f"  rank {rank} " + ("has told nothing yet" if place is None else place.describe()))
+        return "\n".join(["where the ranks are:", *lines])
+
+    def _give(self, reason: Reason) -> None:
+        """Make this the reason for all ranks, unless another one came first."""
+        with contextlib.suppress(RuntimeError):
+            kept = self._store.compare_set(_FAILED, "", json.dumps(asdict(reason)))
+            reason = Reason(**json.loads(kept))
+        self._stop_all(reason)
+
+    def _stop_all(self, reason: Reason) -> None:
+        with self._lock:
+            if self.reason is not None:
+                return
+            self.reason = reason
+        steps = "\n".join(f"  {step.what}" for step in self._history)
+        print(f"planmoe: rank {self.rank} stops; its last waits, oldest first:\n{steps}", file=sys.stderr, flush=True)
+        for comm in [comm() for comm in self._comms]:
+            if comm is not None:
+                comm.abort(f"planmoe: {reason.text}")

@@ -1,0 +1,1 @@
+"""What happens when ranks disagree, die, stop or meet bad numbers: one error on every rank, and nothing hangs."""

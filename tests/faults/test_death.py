@@ -1,0 +1,159 @@
+"""Ranks that die, hang, stop or fail: the others say who, where and why, and none is left waiting."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import planmoe_ds.watchdog as watchdog_module
+from tests.faults.layers import HIDDEN, Model, batch, die, in_backward, seconds_until_error
+from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+ODD = 2
+
+
+class Expert(nn.Module):
+    """Calls `action` on the odd rank when it runs."""
+
+    def __init__(self, action: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(HIDDEN, HIDDEN)
+        self.action = action
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if dist.get_rank() == ODD:
+            self.action()
+        return self.linear(values)
+
+
+def hang() -> None:
+    time.sleep(25)
+
+
+def run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("no memory left for this test")
+
+
+def in_forward(model: Model, action: Any) -> None:
+    tokens, experts = batch()
+    hidden = model.layer(0, tokens, experts)
+    if dist.get_rank() == ODD:
+        action()
+    model.layer(1, hidden, experts)
+
+
+def in_an_expert(model: Model, action: Any) -> None:
+    model.experts[1] = [Expert(action) for _ in model.experts[1]]
+    model.forward(*batch())
+
+
+def in_the_backward_pass(model: Model, action: Any) -> None:
+    tokens, experts = batch()
+    hidden = model.layer(0, tokens, experts)
+    if dist.get_rank() == ODD:
+        hidden = in_backward(hidden, action)
+    model.layer(1, hidden, experts).sum().backward()
+
+
+PLACES = [in_forward, in_an_expert, in_the_backward_pass]
+
+
+def run_case(place: Any, action: Any, settings: dict[str, object], silence: float) -> tuple[float, str, str]:
+    with patch.object(watchdog_module, "SILENCE_SECONDS", silence):
+        model = Model(settings)
+        dist.barrier()
+        return seconds_until_error(lambda: place(model, action))
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+@pytest.mark.parametrize("comm", ["direct", "dedup"])
+def test_a_killed_rank(ranks: RankPool, place: Any, comm: str) -> None:
+    settings = {"comm": comm, "ranks_per_node": 2}
+    outcomes = ranks.run(4, run_case, place, die, settings, 5.0, expect_failure=True, fresh=True, timeout=60)
+    for outcome in outcomes:
+        if outcome.rank == ODD:
+            assert outcome.failed
+            continue
+        seconds, kind, message = outcome.result
+        assert kind == "PlanMoEError", message
+        assert seconds < 12, (seconds, message)
+        assert f"rank {ODD}" in message
+        assert "where the ranks are:" in message
+
+
+def test_a_rank_that_hangs_is_named(ranks: RankPool) -> None:
+    settings = {"timeout_seconds": 3}
+    outcomes = ranks.run(4, run_case, in_forward, hang, settings, 60.0, expect_failure=True, fresh=True, timeout=60)
+    for outcome in outcomes:
+        seconds, kind, message = outcome.result
+        assert kind == "PlanMoEError", (outcome.rank, kind, message)
+        assert f"rank {ODD} was last in layer 0 forward" in message, message
+        assert seconds < (12 if outcome.rank != ODD else 40)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+def test_an_error_of_one_rank_reaches_all(ranks: RankPool, place: Any) -> None:
+    outcomes = ranks.run(4, run_case, place, run_out_of_memory, {}, 60.0, expect_failure=True, fresh=True, timeout=60)
+    for outcome in outcomes:
+        seconds, kind, message = outcome.result
+        if outcome.rank == ODD:
+            assert kind == "OutOfMemoryError"
+        elif place is in_an_expert:
+            assert kind == "PlanMoEError"
+            assert f"rank {ODD} stopped in layer 1 forward: OutOfMemoryError: no memory left" in message, message
+        assert seconds < 12
+
+
+def leave_early(model: Model) -> None:
+    tokens, experts = batch()
+    model.forward(tokens, experts)
+    if dist.get_rank() != ODD:
+        model.forward(tokens, experts)
+
+
+def end_the_program() -> tuple[float, str, str]:
+    model = Model({"timeout_seconds": 60})
+    dist.barrier()
+    found = seconds_until_error(lambda: leave_early(model))
+    if dist.get_rank() == ODD:  # what leaving the interpreter does
+        watchdog = model.layers[0].group.watchdog
+        assert watchdog is not None
+        watchdog._monitor.stop()
+        time.sleep(8)
+    return found
+
+
+def test_a_rank_that_ends_its_program(ranks: RankPool) -> None:
+    for rank, (seconds, kind, message) in enumerate(ranks.run(4, end_the_program, fresh=True, timeout=60)):
+        if rank == ODD:
+            assert kind == ""
+            continue
+        assert kind == "PlanMoEError"
+        assert f"rank {ODD} ended its program" in message
+        assert seconds < 10
+
+
+def straggle() -> list[float]:
+    """A rank ten times slower than the others holds them up, and nothing else."""
+    model = Model({"timeout_seconds": 10})
+    tokens, experts = batch()
+    found = []
+    for _ in range(3):
+        if dist.get_rank() == ODD:
+            time.sleep(1.0)
+        model.forward(tokens, experts).sum().backward()
+        assert tokens.grad is not None
+        found.append(float(tokens.grad.sum()))
+    return found
+
+
+def test_a_straggler(ranks: RankPool) -> None:
+    assert all(len(found) == 3 for found in ranks.run(4, straggle))

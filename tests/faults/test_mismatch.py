@@ -1,0 +1,147 @@
+"""Ranks that do different things: one PlanMoEMismatchError on every rank, naming who has what."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import planmoe_ds.layer as layer_module
+from tests.faults.layers import HIDDEN, Model, batch, in_backward, seconds_until_error
+from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+ODD = 2  # the rank that does something else
+SECONDS = 8.0
+
+
+def skip_a_layer(model: Model) -> None:
+    tokens, experts = batch()
+    if dist.get_rank() == ODD:
+        model.layer(1, tokens, experts)
+    else:
+        model.forward(tokens, experts)
+
+
+def swap_layers(model: Model) -> None:
+    tokens, experts = batch()
+    order = (1, 0) if dist.get_rank() == ODD else (0, 1)
+    for index in order:
+        model.layer(index, tokens, experts)
+
+
+def evaluate_alone(model: Model) -> None:
+    tokens, experts = batch()
+    with torch.set_grad_enabled(dist.get_rank() != ODD):
+        model.forward(tokens, experts)
+
+
+def evaluate_before_backward(model: Model) -> None:
+    tokens, experts = batch()
+    output = model.forward(tokens, experts)
+    if dist.get_rank() == ODD:
+        with torch.no_grad():
+            model.forward(tokens, experts)
+    output.sum().backward()
+
+
+def call_once_more(model: Model) -> None:
+    tokens, experts = batch()
+    model.layer(0, tokens, experts)
+    if dist.get_rank() == ODD:
+        model.layers[0]._num_calls += 1
+    model.layer(0, tokens, experts)
+
+
+def another_top_k(model: Model) -> None:
+    model.forward(*batch(top_k=3 if dist.get_rank() == ODD else 2))
+
+
+def another_dtype(model: Model) -> None:
+    tokens, experts = batch()
+    if dist.get_rank() == ODD:
+        tokens = tokens.detach().bfloat16()
+    model.layer(0, tokens, experts)
+
+
+def another_hidden_size(model: Model) -> None:
+    tokens, experts = batch()
+    if dist.get_rank() == ODD:
+        tokens = torch.cat([tokens, tokens], dim=1)
+    model.layer(0, tokens, experts)
+
+
+def another_config(model: Model) -> None:
+    if dist.get_rank() == ODD:
+        model.layers[0].config = model.layers[0].config.model_copy(update={"timeout_seconds": 31.0})
+    model.forward(*batch())
+
+
+def another_version(model: Model) -> None:
+    with patch.object(layer_module, "__version__", "9.9" if dist.get_rank() == ODD else "0.1.0"):
+        model.forward(*batch())
+
+
+CASES: dict[Any, list[str]] = {
+    skip_a_layer: ["disagree on the layer they are in: rank 0: 0; rank 1: 0; rank 2: 1; rank 3: 0", "same order"],
+    swap_layers: ["disagree on the layer they are in: rank 0: 0; rank 1: 0; rank 2: 1; rank 3: 0"],
+    evaluate_alone: ["disagree on what they do", "rank 2: without gradients; rank 3: with gradients"],
+    evaluate_before_backward: ["rank 2 waits in layer 0 forward, plan", "layer 1 backward, dispatch of chunk 0"],
+    call_once_more: ["how often they called the layer: rank 0: 1; rank 1: 1; rank 2: 2; rank 3: 1"],
+    another_top_k: ["disagree on routes_per_token: rank 0: 2; rank 1: 2; rank 2: 3; rank 3: 2"],
+    another_dtype: ["disagree on dtype: rank 0: float32; rank 1: float32; rank 2: bfloat16; rank 3: float32"],
+    another_hidden_size: [f"disagree on hidden_size: rank 0: {HIDDEN}; rank 1: {HIDDEN}; rank 2: {2 * HIDDEN}"],
+    another_config: ["disagree on planmoe's settings or version: rank 0: digest", "Install one planmoe_ds everywhere"],
+    another_version: ["disagree on planmoe's settings or version: rank 0: digest"],
+}
+
+
+def run_case(case: Any, settings: dict[str, object]) -> tuple[float, str, str]:
+    model = Model(settings)
+    dist.barrier()
+    return seconds_until_error(lambda: case(model))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("comm", ["direct", "dedup"])
+def test_every_rank_learns_what_differs(ranks: RankPool, case: Any, comm: str) -> None:
+    settings = {"comm": comm, "ranks_per_node": 2}
+    outcomes = ranks.run(4, run_case, case, settings, fresh=True, timeout=60)
+    for rank, (seconds, kind, message) in enumerate(outcomes):
+        assert kind == "PlanMoEMismatchError", (rank, kind, message)
+        assert seconds < SECONDS, (rank, seconds, message)
+        for words in CASES[case]:
+            assert words in message, (rank, message)
+
+
+def count_of_a_wide_layer() -> tuple[float, str, str]:
+    """Layers of different numbers of experts still understand each other's headers."""
+    model = Model()
+    model.layers[0].group.__dict__["counts_width"] = 64
+    tokens, experts = batch()
+    if dist.get_rank() == 1:
+        model.layers[1] = dataclasses.replace(model.layers[1], index=5)
+        return seconds_until_error(lambda: model.layer(1, tokens, experts))
+    return seconds_until_error(lambda: model.layer(0, tokens, experts))
+
+
+def test_layers_of_other_sizes(ranks: RankPool) -> None:
+    for _, kind, message in ranks.run(2, count_of_a_wide_layer, fresh=True):
+        assert kind == "PlanMoEMismatchError"
+        assert "the layer they are in: rank 0: 0; rank 1: 5" in message
+
+
+def unaffected_gradient() -> float:
+    tokens, experts = batch()
+    in_backward(Model().forward(tokens, experts), lambda: None).sum().backward()
+    assert tokens.grad is not None
+    return float(tokens.grad.abs().sum())
+
+
+def test_without_a_fault(ranks: RankPool) -> None:
+    assert all(value > 0 for value in ranks.run(4, unaffected_gradient))

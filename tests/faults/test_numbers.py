@@ -1,0 +1,66 @@
+"""Numbers that go wrong, and loads that are extreme: results stay right, and NaN is never hidden."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from planmoe_ds.backend import compressor_names
+from tests.faults.layers import NUM_EXPERTS, Model, batch
+from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+
+def poison(settings: dict[str, object], value: float, what: str) -> tuple[bool, bool]:
+    """Whether one bad number reaches this rank's results as a number that is not finite, and leaves others alone."""
+    model = Model(settings)
+    tokens, experts = batch()
+    bad = dist.get_rank() == 1
+    if what == "tokens" and bad:
+        tokens = tokens.detach().clone()
+        tokens[3, 5] = value
+        tokens.requires_grad_()
+    output = model.layer(0, tokens, experts)
+    if what == "tokens":
+        rows = output
+    else:
+        grad = torch.ones_like(output)
+        if bad:
+            grad[3, 5] = value
+        output.backward(grad)
+        assert tokens.grad is not None
+        rows = tokens.grad
+    is_finite = rows.isfinite().all(1)
+    others = torch.arange(len(rows)) != 3
+    return bool(is_finite[3]) != bad, bool(is_finite[others].all())
+
+
+@pytest.mark.parametrize("codec", sorted(compressor_names()))
+@pytest.mark.parametrize("what", ["tokens", "gradients"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_arrives_so(ranks: RankPool, codec: str, what: str, value: float) -> None:
+    for comm in ("direct", "dedup"):
+        compression = {"dispatch": codec} if codec == "lossless" else codec  # it carries tokens on their way out only
+        settings = {"compression": compression, "comm": comm, "ranks_per_node": 2}
+        for rank, (arrived, others_intact) in enumerate(ranks.run(4, poison, settings, value, what)):
+            assert arrived, (comm, rank)
+            assert others_intact, (comm, rank)
+
+
+def extreme_loads() -> bool:
+    """No tokens at all on rank 1, then everything to one expert; gradients flow."""
+    model = Model({"comm": "dedup", "ranks_per_node": 2})
+    tokens, experts = batch(0 if dist.get_rank() == 1 else 9)
+    model.forward(tokens, experts).sum().backward()
+    assert tokens.grad is not None
+    assert tokens.grad.shape == tokens.shape
+    tokens, experts = batch(9, top_k=1)
+    model.forward(tokens, torch.full_like(experts, NUM_EXPERTS - 1)).sum().backward()
+    assert tokens.grad is not None
+    return bool(tokens.grad.isfinite().all())
+
+
+def test_extreme_loads(ranks: RankPool) -> None:
+    assert ranks.run(4, extreme_loads) == [True] * 4

@@ -1,0 +1,1 @@
+"""Megatron with planmoe against Megatron's own all-to-all, on CPU ranks."""

@@ -1,0 +1,27 @@
+"""Rank processes of their own: what lets Megatron run on the CPU changes torch for the whole process."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness.ranks import RankPool
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what trains with Megatron where it is not installed."""
+    if importlib.util.find_spec("megatron") is not None:
+        return
+    for item in items:
+        if "megatron_ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.skip(reason="megatron-core is not installed"))
+
+
+@pytest.fixture(scope="session")
+def megatron_ranks() -> Iterator[RankPool]:
+    """Rank processes over gloo, for Megatron alone."""
+    pool = RankPool("gloo", preload=False)
+    yield pool
+    pool.close()

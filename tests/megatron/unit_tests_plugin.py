@@ -1,0 +1,68 @@
+"""A pytest plugin: Megatron-LM's own unit tests on CPU ranks, with planmoe on in every MoE layer.
+
+    cd Megatron-LM && PYTHONPATH=.:PLANMOE:PLANMOE/tests/megatron PLANMOE_SECTION='{"chunks": 2}' torchrun \
+        --nproc_per_node 8 -m pytest -p unit_tests_plugin tests/unit_tests/transformer/moe/test_moe_layer.py
+
+Without PLANMOE_SECTION: Megatron's own all-to-all. Found by its own name, since a checkout has a package `tests` too.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import types
+from typing import Any
+
+import torch.distributed as dist
+from megatron_lm_on_cpu import prepare_training
+
+prepare_training()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
+
+
+def skip_downloads() -> None:
+    """Megatron's conftest fetches test data that the MoE tests do not need."""
+    module: Any = types.ModuleType("tests.test_utils.python_scripts.download_unit_tests_dataset")
+    module.download_and_extract_asset = lambda *_, **__: True
+    sys.modules[module.__name__] = module
+
+
+def destroy_groups_with_the_model_parallel_state() -> None:
+    """Each set of groups holds threads, which Megatron's teardown leaves running."""
+    original = parallel_state.destroy_model_parallel
+
+    @functools.wraps(original)
+    def destroy() -> None:
+        original()
+        if dist.is_initialized():
+            dist.barrier()
+            for group in list(dist.distributed_c10d._world.pg_map):
+                if group is not dist.group.WORLD:
+                    dist.destroy_process_group(group)
+
+    parallel_state.destroy_model_parallel = destroy
+
+
+def switch_planmoe_on(section: dict[str, Any]) -> None:
+    """Every layer with the all-to-all dispatcher goes through planmoe as soon as it is built."""
+    from planmoe_ds.integrations.megatron import PlanMoELayer, activate
+
+    original = MoELayer.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.config.moe_token_dispatcher_type == "alltoall" and type(self) is not PlanMoELayer:
+            activate(self, section)
+
+    MoELayer.__init__ = init
+
+
+skip_downloads()
+destroy_groups_with_the_model_parallel_state()
+if "PLANMOE_SECTION" in os.environ:
+    switch_planmoe_on(json.loads(os.environ["PLANMOE_SECTION"]))

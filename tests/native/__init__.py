@@ -1,0 +1,1 @@
+"""C++ parts that are tested without torch."""

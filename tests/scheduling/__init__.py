@@ -1,0 +1,1 @@
+"""The task graph, its solver and the schedulers."""
