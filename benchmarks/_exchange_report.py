@@ -88,7 +88,7 @@ def results(clusters: list[Cluster]) -> dict[str, float]:
     for key, name, factor in (
         ("dedup_bytes", "dedup_inter_bytes_over_minimum", 1.0),
         ("dedup_memory", "dedup_extra_memory_over_received", 1.0),
-        ("issue_seconds_per_peer", "issue_us_per_peer", 1e6),
+        ("issue_seconds_per_message", "issue_us_per_message", 1e6),
     ):
         values = [case[key] * factor for cluster in clusters for case in cluster["cases"] if key in case]
         if values:

@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             runs |= round_trips
             entry |= facts
         elif case.pair_bytes == min(sizes):
-            entry["issue_seconds_per_peer"] = variants.issue_seconds(buffers)
+            entry["issue_seconds_per_message"] = variants.issue_seconds(buffers)
         measured.append(entry | {"seconds": take_turns(runs, in_a_row, device, arguments)})
     dist.destroy_process_group()
     return measured
