@@ -142,6 +142,9 @@ class Compressor:
     @property
     def lossless(self) -> bool: ...
     @property
+    def identity(self) -> bool:
+        """Whether the wire holds the values themselves."""
+    @property
     def may_refuse(self) -> bool:
         """Whether `fits` may be False."""
 
@@ -228,6 +231,36 @@ def order_tokens(
 ) -> TokenOrder:
     """expert: int64 [K, T] on the CPU, negative for dropped routes."""
 
+class OrderedTokens:
+    """See csrc/kernels/routing.h."""
+
+    @property
+    def tokens(self) -> torch.Tensor: ...
+    @property
+    def near_return(self) -> torch.Tensor: ...
+    @property
+    def far_return(self) -> torch.Tensor | None: ...
+
+def order_tokens_on_device(
+    *,
+    expert: torch.Tensor,
+    num_experts: int,
+    num_chunks: int,
+    chunk_by_expert: bool,
+    rank: int,
+    node_of_rank: list[int],
+    first_hop: list[int],
+    num_pieces: int,
+    rows_per_piece: int,
+    tables: torch.Tensor,
+    message: torch.Tensor,
+    first_column: int,
+) -> OrderedTokens:
+    """expert: int32 or int64 [K, T] on an accelerator with kernels; adds its counts to `message`."""
+
+def routes_on_device(tensor: torch.Tensor) -> bool:
+    """Whether this build has kernels for the device of `tensor`."""
+
 def find_experts(
     *,
     rows: torch.Tensor,
@@ -240,6 +273,7 @@ def find_experts(
     base: list[int],
     source_rows: list[int],
     place_offset: int = -1,
+    table: torch.Tensor | None = None,
 ) -> Spread: ...
 def unpack_add(
     codec: Compressor,
@@ -247,7 +281,19 @@ def unpack_add(
     dtype: torch.dtype,
     index: torch.Tensor | None,
     sum: torch.Tensor,  # noqa: A002
+    distinct: bool = False,
 ) -> None: ...
+def sum_rows(
+    codec: Compressor,
+    wire: torch.Tensor,
+    dtype: torch.dtype,
+    returns: torch.Tensor,
+    base: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """out[t] = base[t] + sum over s of decode(wire[returns[t, s]]); accelerators only, see sums_on_device."""
+
+def sums_on_device(codec: Compressor, dtype: torch.dtype, like: torch.Tensor) -> bool: ...
 def spread_rows(codec: Compressor, wire: torch.Tensor, spread: Spread, weighted: bool, out: torch.Tensor) -> None: ...
 def fold_rows(codec: Compressor, rows: torch.Tensor, spread: Spread, weighted: bool, wire: torch.Tensor) -> None: ...
 def dot_rows(codec: Compressor, wire: torch.Tensor, spread: Spread, rows: torch.Tensor, top_k: int) -> torch.Tensor: ...

@@ -17,6 +17,7 @@ Exchange = _C.Exchange
 ExchangeSpec = _C.ExchangeSpec
 Itinerary = _C.Itinerary
 LaunchLedger = _C.LaunchLedger
+OrderedTokens = _C.OrderedTokens
 RowRoutes = _C.RowRoutes
 RowSums = _C.RowSums
 Spread = _C.Spread
@@ -28,7 +29,11 @@ dot_rows = _C.dot_rows
 find_experts = _C.find_experts
 fold_rows = _C.fold_rows
 order_tokens = _C.order_tokens
+order_tokens_on_device = _C.order_tokens_on_device
+routes_on_device = _C.routes_on_device
 spread_rows = _C.spread_rows
+sum_rows = _C.sum_rows
+sums_on_device = _C.sums_on_device
 unpack_add = _C.unpack_add
 
 __all__ = [
@@ -40,6 +45,7 @@ __all__ = [
     "ExchangeSpec",
     "Itinerary",
     "LaunchLedger",
+    "OrderedTokens",
     "RowRoutes",
     "RowSums",
     "Spread",
@@ -56,8 +62,12 @@ __all__ = [
     "make_compressor",
     "make_scheduler",
     "order_tokens",
+    "order_tokens_on_device",
+    "routes_on_device",
     "scheduler_names",
     "spread_rows",
+    "sum_rows",
+    "sums_on_device",
     "unpack_add",
 ]
 

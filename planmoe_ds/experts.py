@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from planmoe_ds.grouped import GroupedExperts
 from planmoe_ds.plan import ExpertLayout
 
 
@@ -34,15 +35,19 @@ class LocalExperts:
     """The experts of one layer on this rank.
 
     modules: one per local expert, called with [1, 1, rows, H] and returning the same shape (or a tuple that starts
-    with it). padded: the framework's own runner, [P, L, C, H] -> the same shape.
+    with it). padded: the framework's own runner, [P, L, C, H] -> the same shape. grouped: the same modules as one
+    grouped GEMM per projection, where they allow it.
     """
 
     modules: Sequence[nn.Module]
     padded: Callable[[torch.Tensor], torch.Tensor]
     takes_weights: bool = False
+    grouped: GroupedExperts | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """Trainable parameters of all local experts, each once, in a fixed order."""
+        if self.grouped is not None:
+            return self.grouped.parameters
         found = {
             id(parameter): parameter for module in self.modules for parameter in module.parameters()
         }  # experts may share parameters
@@ -54,6 +59,8 @@ class LocalExperts:
         if layout.padded_shape is not None:
             output = self.padded(buffer.reshape(*layout.padded_shape, buffer.shape[-1]))
             return _checked(output, buffer.shape[0], buffer.shape[1], self.modules[0])
+        if self.grouped is not None and layout.ends is not None and self.grouped.can_run(buffer):
+            return self.grouped.run(buffer, layout.ends)
         pieces = buffer.split(list(layout.rows_of_expert))
         outputs = [_run_one(module, rows) for module, rows in zip(self.modules, pieces, strict=True)]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

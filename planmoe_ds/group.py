@@ -47,10 +47,14 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Sides:
-    """Wire rows, uint8 [rows, W], from or to the ranks of this node (near) and of others (far)."""
+    """Wire rows, uint8 [rows, W], from or to the ranks of this node (near) and of others (far).
+
+    extra: columns of rows that stay on this rank, which need not lie behind their values.
+    """
 
     near: torch.Tensor
     far: torch.Tensor
+    extra: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,19 @@ class ExpertGroup:
         """A bool [P]: the ranks on this rank's node, itself among them."""
         nodes = torch.tensor(self.comm.node_of_rank)
         return nodes == nodes[self.rank]
+
+    @cached_property
+    def routing_tables(self) -> torch.Tensor:
+        """int32 [3, P] on the group's device: every rank's list, each list's first hop, each rank's place on its node.
+
+        Rows go in lists, one per first hop: those of this node first.
+        """
+        hops, nodes = self.comm.first_hops, self.comm.node_of_rank
+        lists = sorted(set(hops), key=lambda hop: (nodes[hop] != nodes[self.rank], hop))
+        list_of_rank = [lists.index(hop) for hop in hops]
+        place = [nodes[:rank].count(node) for rank, node in enumerate(nodes)]
+        padded = lists + [-1] * (self.size - len(lists))
+        return torch.tensor([list_of_rank, padded, place], dtype=torch.int32).to(self.comm.device)
 
     @contextmanager
     def waiting(self, exchange: Exchange, what: str) -> Iterator[None]:

@@ -5,17 +5,19 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank (
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from planmoe_ds import __version__
 from planmoe_ds.codecs import Codecs
 from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig
-from planmoe_ds.experts import Experts
+from planmoe_ds.experts import Experts, LocalExperts
 from planmoe_ds.group import ExpertGroup
+from planmoe_ds.grouped import GroupedExperts, recognise
 from planmoe_ds.guard import Meter, QualityGuard
 from planmoe_ds.headers import PLAN_PHASE, Header, digest, dtype_code, phase_now
 from planmoe_ds.pipeline import LayerCall, run_experts
@@ -42,6 +44,8 @@ class ExpertParallelLayer:
     place_of_source: tuple[int, ...] | None = None
     guard: QualityGuard | None = None  # its codecs are in force, where there is one
     _leaves_checked: bool = field(default=False, init=False)
+    _grouped: GroupedExperts | None = field(default=None, init=False)  # of the last experts
+    _modules: tuple[nn.Module, ...] = field(default=(), init=False)
     _num_calls: int = field(default=0, init=False)
     _planner: LayerPlanner = field(init=False)
 
@@ -96,12 +100,24 @@ class ExpertParallelLayer:
         codecs, meter = self._agreed_codecs(plan, tokens_TH.dtype, keep_graph)
         check_leaves = keep_graph and not self._leaves_checked
         call = LayerCall(
-            plan, columns, tokens_TH.shape[1], tokens_TH.dtype, experts, self.group, codecs, self.recorder,
-            self.index, order, keep_graph, check_leaves, self._planner.next_call(), meter,
+            plan, columns, tokens_TH.shape[1], tokens_TH.dtype, self._with_groups(experts, tokens_TH.device),
+            self.group, codecs, self.recorder, self.index, order, keep_graph, check_leaves, self._planner.next_call(),
+            meter,
         )  # fmt: skip
         result = run_experts(tokens_TH.contiguous(), routes.weight_KT, call)
         self._leaves_checked |= check_leaves
         return result
+
+    def _with_groups(self, experts: Experts, device: torch.device) -> Experts:
+        """The experts with what is known of running them together, looked up once; exact results do without."""
+        if device.type == "cpu" or self.config.resolved_exactness is Exactness.EXACT:
+            return experts
+        if not isinstance(experts, LocalExperts) or experts.takes_weights:
+            return experts
+        modules = tuple(experts.modules)
+        if modules != self._modules:
+            self._modules, self._grouped = modules, recognise(modules)
+        return replace(experts, grouped=self._grouped)
 
     def _header(self, tokens_TH: torch.Tensor, routes: Routes) -> Header:
         self._num_calls += 1

@@ -26,6 +26,7 @@ from planmoe_ds.planner import CallOrders
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder
 from planmoe_ds.scheduling import Kind
+from planmoe_ds.sums import Sums
 from planmoe_ds.trace import Phase
 from planmoe_ds.wire import Launch, Spreads, TokenColumns, Wire
 
@@ -63,13 +64,15 @@ class LayerCall:
         """Encoding of rows of `dtype` on their way in a direction of Codecs."""
         codecs = getattr(self.codecs, direction)
         meter = self.meter
+        directions = (self.codecs.dispatch, self.codecs.combine, self.codecs.gradients)
+        alone = self.group.size == 1 and all(direction.near.identity for direction in directions)
         if meter is None:
-            return Wire(self.group, self.plan, codecs, self.hidden, dtype)
+            return Wire(self.group, self.plan, codecs, self.hidden, dtype, alone)
 
         def measure(link: str, codec: Compressor, rows: torch.Tensor) -> None:
             meter.measure((direction, link), codec, rows)
 
-        return Wire(self.group, self.plan, codecs, self.hidden, dtype, measure)
+        return Wire(self.group, self.plan, codecs, self.hidden, dtype, alone, measure)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ class ForwardPass(Pass):
         self.tokens = tokens
         self.out, self.back = (call.wire(direction, tokens.dtype) for direction in ("dispatch", "combine"))
         self.outputs: torch.Tensor | None = None
-        self.totals = None if call.returns_rows else torch.zeros_like(tokens, dtype=self.back.wide_dtype)
+        self.totals = None if call.returns_rows else Sums(self.back, tokens.shape[0], 0, tokens)
         self.spreads: dict[int, Spreads] = {}
         self.route_weights: dict[int, torch.Tensor] = {}  # of the buffer's rows, where the experts take them
         self.places = {id(parameter): place for place, parameter in enumerate(parameters)}
@@ -199,7 +202,7 @@ class ForwardPass(Pass):
     def result(self) -> torch.Tensor:
         """What the pass returns."""
         assert self.outputs is not None
-        return self.outputs if self.totals is None else self.totals.to(self.outputs.dtype)
+        return self.outputs if self.totals is None else self.totals.values(self.outputs.dtype)
 
     @override
     def encode(self, chunk: ChunkPlan) -> Launch:
@@ -258,7 +261,7 @@ class ForwardPass(Pass):
             assert self.outputs is not None
             self.back.collect_rows(chunk, arrived, self.outputs, None)
         else:
-            self.back.add_sums(chunk, arrived, self.totals, None)
+            self.totals.add(chunk, arrived)
 
 
 @dataclass(frozen=True)
@@ -288,14 +291,12 @@ class BackwardPass(Pass):
         self.out, self.back = (call.wire("gradients", dtype) for dtype in (grad.dtype, call.dtype))
         self.keep = torch._C._autograd._get_current_graph_task_keep_graph()
         self.totals: Totals = [None] * len(parameters)
-        self.top_k = call.columns.top_k
-        wide = self.back.wide_dtype
+        self.num_tokens = num_tokens
+        self.num_extra = call.columns.num_extra
+        self.sums = Sums(self.back, num_tokens, self.num_extra, grad)
         self.grad_rows = grad.new_empty((call.num_rows, call.hidden), dtype=self.back.dtype)
-        self.grad_tokens = grad.new_zeros(
-            (num_tokens, call.hidden), dtype=self.back.dtype if call.returns_rows else wide
-        )
-        self.grad_weights = None if call.returns_rows else grad.new_zeros((num_tokens, self.top_k), dtype=wide)
         takes_weights = call.experts.takes_weights
+        wide = self.back.wide_dtype
         self.grad_row_weights = grad.new_zeros(call.num_rows + 1, dtype=wide) if takes_weights else None
         self.route_grads: dict[int, torch.Tensor] = {}  # of the weights of the buffer's rows
         self.arrived: dict[int, Sides] = {}
@@ -303,12 +304,15 @@ class BackwardPass(Pass):
 
     def result(self) -> Gradients:
         """What the pass returns."""
-        order, grad_weights = self.call.order, self.grad_weights
-        if order is not None:
-            self.grad_tokens.index_add_(0, order.token_N, self.grad_rows)
-        if order is not None and self.grad_row_weights is not None:
-            grad_weights = self.grad_row_weights[order.row_of_route_KT].view(self.top_k, -1).t()
-        return Gradients(self.grad_tokens.to(self.call.dtype), grad_weights, self.totals)
+        order, top_k = self.call.order, self.call.columns.top_k
+        if order is None:
+            return Gradients(self.sums.values(self.call.dtype), self.sums.extra()[:, :top_k], self.totals)
+        grad_tokens = self.grad.new_zeros((self.num_tokens, self.call.hidden), dtype=self.call.dtype)
+        grad_tokens.index_add_(0, order.token_N, self.grad_rows)
+        grad_weights = None
+        if self.grad_row_weights is not None:
+            grad_weights = self.grad_row_weights[order.row_of_route_KT].view(top_k, -1).t()
+        return Gradients(grad_tokens, grad_weights, self.totals)
 
     @override
     def encode(self, chunk: ChunkPlan) -> Launch:
@@ -346,10 +350,10 @@ class BackwardPass(Pass):
             return self.back.send_rows_back(chunk, results, route_grads)
         arrived = self.arrived.pop(index)
         if route_grads is not None:
-            extra = self.back.by_route(graph.spreads, route_grads, self.top_k)
+            extra = self.back.by_route(graph.spreads, route_grads, self.num_extra)
             return self.back.send_sums(chunk, results, graph.spreads, weighted=False, extra=extra)
         output = graph.experts.output.detach().to(self.out.dtype).contiguous()
-        weight_grads = self.out.dots(arrived, graph.spreads, output, self.top_k)
+        weight_grads = self.out.dots(arrived, graph.spreads, output, self.num_extra)
         return self.back.send_sums(chunk, results, graph.spreads, weighted=False, extra=weight_grads)
 
     @override
@@ -357,7 +361,7 @@ class BackwardPass(Pass):
         if self.call.returns_rows:
             self.back.collect_rows(chunk, arrived, self.grad_rows, self.grad_row_weights)
         else:
-            self.back.add_sums(chunk, arrived, self.grad_tokens, self.grad_weights)
+            self.sums.add(chunk, arrived)
 
     def _take(self, index: int) -> ChunkGraph:
         """A chunk's graph, for the last time unless another task or another backward needs it."""

@@ -10,7 +10,7 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank; 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -26,7 +26,6 @@ from planmoe_ds.backend import (
     fold_rows,
     make_compressor,
     spread_rows,
-    unpack_add,
 )
 from planmoe_ds.codecs import LinkCodecs
 from planmoe_ds.compression import NONE
@@ -36,18 +35,23 @@ from planmoe_ds.rows import RowOrder
 
 Launch = Callable[[], SidedArrival]  # starts an exchange of rows that are packed already
 _MOST_SHORT_IDS = 1 << 15
+_DEVICE_BYTES = 16  # accelerators read that much at once, so rows there start at multiples of it
 _NO_ROUTES = RowRoutes()  # ranks that pass rows on know them from the tokens' way out
 
 
 @dataclass(frozen=True)
 class TokenColumns:
-    """What tokens carry beside their values: uint8 [T, width], by column: weights, places, expert numbers."""
+    """What tokens carry beside their values: uint8 [T, width], by column: weights, places, expert numbers, padding.
+
+    num_extra: columns of weight gradients that return, the first K of them in use.
+    """
 
     bytes_T: torch.Tensor
     top_k: int
     weight_dtype: torch.dtype
     id_bytes: int
     has_places: bool
+    num_extra: int
 
     @property
     def place_column(self) -> int:
@@ -74,8 +78,13 @@ def token_columns(
     if order is not None:
         columns.insert(1, order.place_KT)
     as_bytes = [_bytes(values.t()) for values in columns]
+    num_extra = top_k = expert_KT.shape[0]
+    if expert_KT.device.type != "cpu":
+        padding = -sum(values.shape[1] for values in as_bytes) % _DEVICE_BYTES
+        as_bytes.append(as_bytes[0].new_empty((expert_KT.shape[1], padding)))
+        num_extra = -(-top_k * 4 // _DEVICE_BYTES) * _DEVICE_BYTES // 4
     return TokenColumns(
-        torch.cat(as_bytes, dim=1), expert_KT.shape[0], weight_KT.dtype, id_dtype.itemsize, order is not None
+        torch.cat(as_bytes, dim=1), top_k, weight_KT.dtype, id_dtype.itemsize, order is not None, num_extra
     )
 
 
@@ -96,7 +105,9 @@ class Spreads:
 class Wire:
     """One direction's encoding of a layer call's rows: H values of `dtype`.
 
-    measure: called with the link ("near", "far", "inner"), its codec and the rows that it encodes, if quality is asked.
+    stays_here: this rank is alone and no direction of the call encodes anything, so rows are not copied to a wire:
+    row t is token t. measure: called with the link ("near", "far", "inner"), its codec and the rows that it encodes, if
+    quality is asked.
     """
 
     group: ExpertGroup
@@ -104,10 +115,14 @@ class Wire:
     codecs: LinkCodecs
     hidden: int
     dtype: torch.dtype
+    stays_here: bool = False
     measure: Callable[[str, Compressor, torch.Tensor], None] | None = None
 
     def send_tokens(self, chunk: ChunkPlan, tokens: torch.Tensor, columns: TokenColumns | None) -> Launch:
         """Pack a chunk's tokens [T, H] to be sent; without columns they go where the last ones with columns went."""
+        if self.stays_here:
+            rows = tokens.view(torch.uint8)
+            return partial(SidedArrival, Sides(rows, rows[:0]), None)
         self._measure_rows(tokens, chunk.near.token, chunk.far.token)
         send = Sides(
             self._token_rows(chunk.near, tokens, columns, self.codecs.near),
@@ -118,9 +133,15 @@ class Wire:
 
     def find_spreads(self, chunk: ChunkPlan, rows: Sides, columns: TokenColumns) -> Spreads:
         """Read the columns of arrived tokens."""
+        if self.stays_here:
+            everyone = replace(chunk.near, received_rows=[rows.near.shape[0]])
+            return Spreads(
+                self._find_spread(chunk, everyone, columns.bytes_T, columns, 0),
+                self._find_spread(chunk, chunk.far, columns.bytes_T[:0], columns, 0),
+            )
         return Spreads(
-            self._find_spread(chunk, chunk.near, rows.near, columns, self.codecs.near),
-            self._find_spread(chunk, chunk.far, rows.far, columns, self.codecs.far),
+            self._find_spread(chunk, chunk.near, rows.near, columns, self.values_width(self.codecs.near)),
+            self._find_spread(chunk, chunk.far, rows.far, columns, self.values_width(self.codecs.far)),
         )
 
     def spread(self, chunk: ChunkPlan, rows: Sides, spreads: Spreads, weighted: bool) -> torch.Tensor:
@@ -138,11 +159,11 @@ class Wire:
             weights[side.target] = side.weight
         return weights.to(columns.weight_dtype)
 
-    def by_route(self, spreads: Spreads, values: torch.Tensor, top_k: int) -> Sides:
-        """Values of the buffer's rows, [rows], by arrived row and route, [*, K]."""
+    def by_route(self, spreads: Spreads, values: torch.Tensor, num_extra: int) -> Sides:
+        """Values of the buffer's rows, [rows], by arrived row and route, [*, num_extra], zero from column K on."""
 
         def side(spread: Spread) -> torch.Tensor:
-            result = values.new_zeros((spread.start.shape[0] - 1, top_k))
+            result = values.new_zeros((spread.start.shape[0] - 1, num_extra))
             result[spread.source, spread.route] = values[spread.target]
             return result
 
@@ -159,6 +180,10 @@ class Wire:
         self, chunk: ChunkPlan, rows: torch.Tensor, spreads: Spreads, weighted: bool, extra: Sides | None = None
     ) -> Launch:
         """Pack the sums of each arrived row's expert outputs [rows, H] for their way back, with `extra` columns."""
+        if self.stays_here:
+            totals = rows.new_empty((spreads.near.start.shape[0] - 1, self.hidden)).view(torch.uint8)
+            fold_rows(self.codecs.near, rows, spreads.near, weighted, totals)
+            return partial(SidedArrival, Sides(totals, totals[:0], None if extra is None else extra.near), None)
         inner = self.codecs.inner if self.group.comm.passes_on else self.codecs.far
         self._measure_sums(chunk, rows, spreads, weighted)
         send = Sides(
@@ -170,19 +195,8 @@ class Wire:
         num_extra = 0 if extra is None else extra.near.shape[1]
         extra_bytes = 0 if extra is None else num_extra * extra.near.element_size()
         sums = RowSums(inner=inner, outer=self.codecs.far, hidden=self.hidden, dtype=self.dtype, extra=num_extra)
-        far_width = self._values_width(self.codecs.far) + extra_bytes
+        far_width = self.values_width(self.codecs.far) + extra_bytes
         return partial(self.group.combine, send, chunk.itinerary, sums, far_width)
-
-    def add_sums(self, chunk: ChunkPlan, rows: Sides, total_TH: torch.Tensor, extra_TK: torch.Tensor | None) -> None:
-        """Add returned sums to each token's total, in `wide_dtype`."""
-        for side, wire, codec in (
-            (chunk.near, rows.near, self.codecs.near),
-            (chunk.far, rows.far, self.codecs.far),
-        ):
-            unpack_add(codec, wire, self.dtype, side.token, total_TH)
-            if extra_TK is not None and wire.shape[0] > 0:
-                extra = wire[:, self._values_width(codec) :].clone(memory_format=torch.contiguous_format)
-                extra_TK.index_add_(0, side.token, extra.view(extra_TK.dtype))
 
     def send_rows_out(self, chunk: ChunkPlan, rows_NH: torch.Tensor) -> Launch:
         """Pack a chunk's rows, one per route, for their way to the experts."""
@@ -234,7 +248,11 @@ class Wire:
 
     def token_width(self, columns: TokenColumns) -> int:
         """Bytes of a token between nodes."""
-        return self._values_width(self.codecs.far) + columns.width
+        return self.values_width(self.codecs.far) + columns.width
+
+    def values_width(self, codec: Compressor) -> int:
+        """Bytes of a row's values with the padding after them."""
+        return aligned(codec.row_bytes(self.hidden, self.dtype))
 
     def _measure_rows(self, rows: torch.Tensor, near: torch.Tensor, far: torch.Tensor) -> None:
         if self.measure is not None:
@@ -256,9 +274,6 @@ class Wire:
         fold_rows(make_compressor(NONE), rows, spread, weighted, sums.view(torch.uint8))
         return sums
 
-    def _values_width(self, codec: Compressor) -> int:
-        return aligned(codec.row_bytes(self.hidden, self.dtype))
-
     def _new_buffer(self, chunk: ChunkPlan, device: torch.device) -> torch.Tensor:
         make = torch.empty if chunk.layout.padded_shape is None else torch.zeros
         return make((chunk.layout.num_rows, self.hidden), dtype=self.dtype, device=device)
@@ -266,7 +281,7 @@ class Wire:
     def _token_rows(
         self, side: SidePlan, tokens: torch.Tensor, columns: TokenColumns | None, codec: Compressor
     ) -> torch.Tensor:
-        width = self._values_width(codec)
+        width = self.values_width(codec)
         wire = self.group.buffer(side.token.shape[0], width + (0 if columns is None else columns.width))
         codec.encode_into(tokens, side.token, wire)
         if columns is not None:
@@ -282,7 +297,7 @@ class Wire:
         codec: Compressor,
         extra: torch.Tensor | None,
     ) -> torch.Tensor:
-        width = self._values_width(codec)
+        width = self.values_width(codec)
         as_bytes = None if extra is None else extra.view(torch.uint8)
         wire = self.group.buffer(side.num_received, width + (0 if as_bytes is None else as_bytes.shape[1]))
         fold_rows(codec, rows, spread, weighted, wire)
@@ -291,16 +306,15 @@ class Wire:
         return wire
 
     def _routes(self, chunk: ChunkPlan, columns: TokenColumns, codec: Compressor) -> RowRoutes:
-        offset = self._values_width(codec) + columns.id_column
+        offset = self.values_width(codec) + columns.id_column
         return self.plan.routes(chunk, offset, columns.top_k, columns.id_bytes)
 
     def _find_spread(
-        self, chunk: ChunkPlan, side: SidePlan, rows: torch.Tensor, columns: TokenColumns, codec: Compressor
+        self, chunk: ChunkPlan, side: SidePlan, rows: torch.Tensor, columns: TokenColumns, first: int
     ) -> Spread:
-        first = self._values_width(codec)
         return find_experts(
             rows=rows,
-            routes=self._routes(chunk, columns, codec),
+            routes=self.plan.routes(chunk, first + columns.id_column, columns.top_k, columns.id_bytes),
             first_id=self.plan.first_expert,
             num_entries=side.num_entries,
             weight_offset=first,
@@ -309,4 +323,5 @@ class Wire:
             base=chunk.base_PL,
             source_rows=side.received_rows,
             place_offset=first + columns.place_column if columns.has_places else -1,
+            table=side.table,
         )

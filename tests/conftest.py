@@ -40,17 +40,31 @@ def _why_no_gpu() -> str:
     return "" if torch.cuda.is_available() else "needs a CUDA device; torch.cuda.is_available() is False"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the distributed tests run on GPUs."""
+    parser.addoption("--backend", choices=["gloo", "nccl"], default="gloo", help="process groups of distributed tests")
+    parser.addoption(
+        "--ranks-per-host", type=int, default=0, help="NCCL: ranks that it takes to be on one host; 0: all of them"
+    )
+
+
+def make_pool(config: pytest.Config, backend: str | None = None, preload: bool = True) -> RankPool:
+    """Rank processes as the command line wants them."""
+    backend = backend or config.getoption("--backend")
+    return RankPool(backend, preload=preload, ranks_per_host=config.getoption("--ranks-per-host"))
+
+
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
-    """Rank processes over gloo on the CPU, shared by the whole session; see `tests/harness/ranks.py`."""
-    pool = RankPool("gloo")
+def ranks(pytestconfig: pytest.Config) -> Iterator[RankPool]:
+    """Rank processes, over gloo on the CPU unless told otherwise, for the whole session; see tests/harness/ranks.py."""
+    pool = make_pool(pytestconfig)
     yield pool
     pool.close()
 
 
 @pytest.fixture(scope="session")
-def gpu_ranks() -> Iterator[RankPool]:
+def gpu_ranks(pytestconfig: pytest.Config) -> Iterator[RankPool]:
     """Rank processes over NCCL that see the machine's CUDA devices; for tests marked gpu."""
-    pool = RankPool("nccl")
+    pool = make_pool(pytestconfig, "nccl")
     yield pool
     pool.close()

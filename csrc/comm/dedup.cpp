@@ -21,15 +21,6 @@ constexpr int64_t kPieces = 8;
 
 using Counts = std::vector<int64_t>;
 
-void copy_rows(const at::Tensor& from, const at::Tensor& index, at::Tensor to) {
-  if (from.device().is_cpu())
-    gather_bytes(from, index, to);
-  else if (!index.defined())
-    to.copy_(from, /*non_blocking=*/true);
-  else
-    at::index_select_out(to, from, 0, index);
-}
-
 class DedupComm final : public PipeComm {
  public:
   explicit DedupComm(const CommOptions& options) : PipeComm(options), nodes_(options.node_of_rank, rank()) {}
@@ -204,11 +195,11 @@ class DedupComm final : public PipeComm {
     for (size_t g = 0; g < mine().size(); ++g) {
       if (counts[g] == 0) continue;
       if (mine()[g] == rank()) {
-        copy_rows(fan.rows, index[g], fan.kept);
+        gather_bytes(fan.rows, index[g], fan.kept);
         continue;
       }
       auto rows = fan.rows;
-      if (index[g].defined()) copy_rows(fan.rows, index[g], rows = take_buffer(counts[g], fan.rows.size(1)));
+      if (index[g].defined()) gather_bytes(fan.rows, index[g], rows = take_buffer(counts[g], fan.rows.size(1)));
       leg.sends.push_back({mine()[g], rows});
     }
   }
@@ -236,8 +227,9 @@ class DedupComm final : public PipeComm {
       if (!fan.parts[g].defined()) continue;
       const auto& rows = trip.fan_rows[fan.place * nodes_.largest() + g];
       const auto index = rows.defined() ? std::optional<at::Tensor>(rows) : std::nullopt;
-      unpack_add(*sums.inner, fan.parts[g], sums.dtype, index, sum);
-      if (sums.extra > 0) unpack_add(*none, fan.parts[g].narrow(1, inner_bytes, extra_bytes), wide, index, extra);
+      unpack_add(*sums.inner, fan.parts[g], sums.dtype, index, sum, /*distinct=*/true);
+      if (sums.extra > 0)
+        unpack_add(*none, fan.parts[g].narrow(1, inner_bytes, extra_bytes), wide, index, extra, /*distinct=*/true);
     }
     auto wire = take_buffer(num_rows, fan.width);
     pack(*sums.outer, sum, std::nullopt, sums.dtype, wire);

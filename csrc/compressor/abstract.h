@@ -26,6 +26,9 @@ class AbstractCompressor {
   // True when the wire holds the values themselves.
   virtual bool is_identity() const { return false; }
 
+  // Under which name csrc/cuda has kernels for it; empty: none.
+  virtual std::string device_kernels() const { return ""; }
+
   // Throws ValueError for a dtype that this codec cannot carry.
   virtual void check_dtype(at::ScalarType dtype) const;
 

@@ -16,6 +16,7 @@ class Bf16Compressor final : public RowCodec {
  public:
   int64_t row_bytes(int64_t hidden, at::ScalarType /*dtype*/) const override { return bf16::row_bytes(hidden); }
   bool lossless() const override { return false; }
+  std::string device_kernels() const override { return "bf16"; }
 
   void check_dtype(at::ScalarType dtype) const override {
     TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16, "bf16 takes float32 or bfloat16 rows, got ", dtype,

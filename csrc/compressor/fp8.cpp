@@ -22,6 +22,7 @@ class Fp8Compressor final : public RowCodec {
  public:
   int64_t row_bytes(int64_t hidden, at::ScalarType /*dtype*/) const override { return fp8::row_bytes(hidden); }
   bool lossless() const override { return false; }
+  std::string device_kernels() const override { return "fp8"; }
 
   void encode_row(const float* values, int64_t hidden, at::ScalarType /*dtype*/, uint8_t* wire) const override {
     fp8::encode(values, hidden, wire);

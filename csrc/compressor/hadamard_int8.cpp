@@ -27,6 +27,7 @@ class HadamardInt8Compressor final : public RowCodec {
     return hadamard_int8::row_bytes(hidden);
   }
   bool lossless() const override { return false; }
+  std::string device_kernels() const override { return "hadamard_int8"; }
 
   void encode_row(const float* values, int64_t hidden, at::ScalarType /*dtype*/, uint8_t* wire) const override {
     hadamard_int8::encode(values, hidden, wire);

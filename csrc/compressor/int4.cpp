@@ -26,6 +26,7 @@ class Int4Compressor final : public RowCodec {
  public:
   int64_t row_bytes(int64_t hidden, at::ScalarType /*dtype*/) const override { return int4::row_bytes(hidden); }
   bool lossless() const override { return false; }
+  std::string device_kernels() const override { return "int4"; }
 
   void encode_row(const float* values, int64_t hidden, at::ScalarType /*dtype*/, uint8_t* wire) const override {
     int4::encode(values, hidden, wire);

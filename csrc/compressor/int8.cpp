@@ -24,6 +24,7 @@ class Int8Compressor final : public RowCodec {
   int64_t row_bytes(int64_t hidden, at::ScalarType /*dtype*/) const override { return int8::row_bytes(hidden); }
 
   bool lossless() const override { return false; }
+  std::string device_kernels() const override { return "int8"; }
 
   void encode_row(const float* values, int64_t hidden, at::ScalarType /*dtype*/, uint8_t* wire) const override {
     int8::encode(values, hidden, wire);

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "device.h"
+
 namespace planmoe {
 namespace {
 
@@ -277,7 +279,22 @@ TokenOrder order_tokens(const OrderRequest& request) {
   return order;
 }
 
+OrderedTokens order_tokens_on_device(const OrderRequest& request, const at::Tensor& tables, const CountLayout& layout,
+                                     const at::Tensor& message) {
+  const auto* kernels = device_kernels(request.expert);
+  TORCH_CHECK_VALUE(kernels != nullptr, "expert is on ", request.expert.device(),
+                    ", for which this build has no kernels");
+  const auto num_ranks = static_cast<int64_t>(request.node_of_rank.size());
+  TORCH_CHECK_VALUE(request.num_experts > 0 && request.num_experts % num_ranks == 0, request.num_experts,
+                    " experts cannot be divided among ", num_ranks, " ranks");
+  return kernels->order_tokens(request, tables, layout, message);
+}
+
+bool routes_on_device(const at::Tensor& tensor) { return device_kernels(tensor) != nullptr; }
+
 Spread find_experts(const ArrivedRows& arrived) {
+  if (const auto* kernels = device_kernels(arrived.rows); kernels && kernels->covers(arrived))
+    return kernels->find_experts(arrived);
   auto spread = arrived.rows.device().is_cpu() ? find_experts_cpu(arrived) : find_experts_device(arrived);
   const auto wide = arrived.row_dtype == at::kDouble ? at::kDouble : at::kFloat;
   if (arrived.weight_offset < 0) return spread;
@@ -308,6 +325,7 @@ std::vector<at::Tensor> find_fan(const at::Tensor& rows, const RowRoutes& routes
     }
     return result;
   }
+  if (const auto* kernels = device_kernels(rows)) return kernels->find_fan(rows, routes, ranks, counts);
   auto wanted_by = ids_of(rows, routes).div(routes.experts_per_rank, "floor");  // -1 stays -1
   for (size_t g = 0; g < ranks.size(); ++g)
     if (counts[g] != num_rows) result[g] = at::nonzero_static((wanted_by == ranks[g]).any(1), counts[g]).view({-1});

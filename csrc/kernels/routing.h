@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "../comm/itinerary.h"
@@ -35,6 +36,28 @@ struct TokenOrder {
 
 TokenOrder order_tokens(const OrderRequest& request);
 
+// The same where the experts' numbers are on an accelerator with kernels of ours: the host learns the counts later.
+// The order of a rank's lists is near ranks first, then first hops on other nodes.
+struct OrderedTokens {
+  at::Tensor tokens;                     // int64: by chunk, then list, then token; as many as the counts say
+  at::Tensor near_return;                // int32 [X by expert, else 1, T, S]: the token's places in near_token, then -1
+  std::optional<at::Tensor> far_return;  // likewise in far_token; none where all ranks are near
+};
+
+// Where order_tokens_on_device adds its counts to message, int64 [P, width], which holds zeros from this column on: for
+// peer p expert_rows [X, L], near_sent [X], far_final [X, B]; where ranks pass rows on, far_sent [X, B], fan [X, B, G];
+// last, for rank 0, how many routes lead to experts that do not exist.
+struct CountLayout {
+  int64_t first_column = 0;
+};
+
+// tables: int32 [3, P] on the device: every rank's list, the first hop of every list, every rank's place on its node.
+OrderedTokens order_tokens_on_device(const OrderRequest& request, const at::Tensor& tables, const CountLayout& layout,
+                                     const at::Tensor& message);
+
+// Whether there are kernels for tensors like this one.
+bool routes_on_device(const at::Tensor& tensor);
+
 // Place of every rank among those of its node.
 std::vector<int64_t> local_ranks(const std::vector<int64_t>& node_of_rank);
 
@@ -52,6 +75,9 @@ struct ArrivedRows {
   std::vector<int64_t> base;         // [P * L]
   std::vector<int64_t> source_rows;  // [P] rows from every source
   int64_t place_offset = -1;
+  // Accelerators: int64 [P * L + P], base less the entries for the same expert from sources before on this side (base
+  // itself with place_offset), then every source's first row. Not defined: tensor operations do without.
+  at::Tensor table;
 };
 
 // Which rows of the experts' buffer every arrived row feeds.

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "device.h"
 #include "parallel.h"
 
 #define PLANMOE_DISPATCH(dtype, name, ...) \
@@ -112,6 +113,12 @@ bool by_rows(const AbstractCompressor& codec, const at::Tensor& tensor) {
   return tensor.device().is_cpu() && (codec.is_identity() || dynamic_cast<const RowCodec*>(&codec) != nullptr);
 }
 
+// The device's own kernels, where it has some for this codec.
+const DeviceKernels* kernels_for(const AbstractCompressor& codec, const at::Tensor& rows, at::ScalarType dtype) {
+  const auto* kernels = device_kernels(rows);
+  return kernels && kernels->covers(codec, rows.scalar_type(), dtype) ? kernels : nullptr;
+}
+
 // Both ends of a wire as the tensor path needs them.
 at::Tensor decoded(const AbstractCompressor& codec, const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) {
   const auto bytes = codec.row_bytes(hidden, dtype);
@@ -129,6 +136,7 @@ void put_encoded(const AbstractCompressor& codec, const at::Tensor& rows, at::Sc
 void pack(const AbstractCompressor& codec, const at::Tensor& rows, const OptionalTensor& index, at::ScalarType dtype,
           at::Tensor wire) {
   const int64_t hidden = rows.size(1);
+  if (const auto* kernels = kernels_for(codec, rows, dtype)) return kernels->pack(codec, rows, index, dtype, wire);
   if (!by_rows(codec, rows)) return put_encoded(codec, index ? rows.index_select(0, *index) : rows, dtype, wire);
   const int64_t* from = places(index);
   auto* bytes = wire.mutable_data_ptr<uint8_t>();
@@ -154,6 +162,7 @@ void pack(const AbstractCompressor& codec, const at::Tensor& rows, const Optiona
 void unpack(const AbstractCompressor& codec, const at::Tensor& wire, at::Tensor out, const OptionalTensor& index) {
   const int64_t hidden = out.size(1);
   const auto dtype = out.scalar_type();
+  if (const auto* kernels = kernels_for(codec, out, dtype)) return kernels->unpack(codec, wire, out, index);
   if (!by_rows(codec, out)) {
     auto rows = decoded(codec, wire, hidden, dtype).to(dtype);
     if (index)
@@ -179,8 +188,10 @@ void unpack(const AbstractCompressor& codec, const at::Tensor& wire, at::Tensor 
 }
 
 void unpack_add(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
-                const OptionalTensor& index, at::Tensor sum) {
+                const OptionalTensor& index, at::Tensor sum, bool distinct) {
   const int64_t hidden = sum.size(1);
+  if (const auto* kernels = kernels_for(codec, sum, dtype); kernels && (distinct || !index))
+    return kernels->add(codec, wire, dtype, index, sum);
   if (!by_rows(codec, sum)) {
     auto rows = decoded(codec, wire, hidden, dtype).to(sum.scalar_type());
     if (index)
@@ -207,6 +218,7 @@ void spread_rows(const AbstractCompressor& codec, const at::Tensor& wire, const 
                  at::Tensor out) {
   const int64_t hidden = out.size(1);
   const auto dtype = out.scalar_type();
+  if (const auto* kernels = kernels_for(codec, out, dtype)) return kernels->spread(codec, wire, spread, weighted, out);
   if (!by_rows(codec, out)) {
     auto rows = decoded(codec, wire, hidden, dtype).index_select(0, spread.source);
     if (weighted) rows = rows.to(wide(dtype)) * spread.weight.unsqueeze(1);
@@ -243,6 +255,7 @@ void fold_rows(const AbstractCompressor& codec, const at::Tensor& rows, const Sp
                at::Tensor wire) {
   const int64_t hidden = rows.size(1);
   const auto dtype = rows.scalar_type();
+  if (const auto* kernels = kernels_for(codec, rows, dtype)) return kernels->fold(codec, rows, spread, weighted, wire);
   if (!by_rows(codec, rows)) {
     auto picked = rows.index_select(0, spread.target).to(wide(dtype));
     if (weighted) picked = picked * spread.weight.unsqueeze(1);
@@ -279,6 +292,11 @@ at::Tensor dot_rows(const AbstractCompressor& codec, const at::Tensor& wire, con
                     const at::Tensor& rows, int64_t top_k) {
   const int64_t hidden = rows.size(1);
   const auto dtype = rows.scalar_type();
+  if (const auto* kernels = kernels_for(codec, rows, dtype)) {
+    auto dots = at::empty({wire.size(0), top_k}, rows.options().dtype(at::kFloat));
+    kernels->dot(codec, wire, spread, rows, dots);
+    return dots;
+  }
   auto result = at::zeros({wire.size(0), top_k}, rows.options().dtype(wide(dtype)));
   if (!by_rows(codec, rows)) {
     auto left = decoded(codec, wire, hidden, dtype).index_select(0, spread.source).to(wide(dtype));
@@ -307,7 +325,25 @@ at::Tensor dot_rows(const AbstractCompressor& codec, const at::Tensor& wire, con
   return result;
 }
 
+void sum_rows(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype, const at::Tensor& returns,
+              const OptionalTensor& base, at::Tensor out) {
+  const auto* kernels = kernels_for(codec, out, dtype);
+  TORCH_CHECK_VALUE(kernels != nullptr, "sum_rows needs rows on an accelerator with kernels for this codec and dtype, ",
+                    "got ", out.scalar_type(), " rows on ", out.device());
+  kernels->sum(codec, wire, dtype, returns, base, out);
+}
+
+bool sums_on_device(const AbstractCompressor& codec, at::ScalarType dtype, const at::Tensor& like) {
+  const auto* kernels = device_kernels(like);
+  return kernels && kernels->covers(codec, at::kFloat, dtype) && kernels->covers(codec, dtype, dtype);
+}
+
 void gather_bytes(const at::Tensor& from, const at::Tensor& index, at::Tensor to) {
+  if (!from.device().is_cpu()) {
+    if (const auto* kernels = device_kernels(from)) return kernels->gather(from, index, to);
+    if (index.defined()) return void(at::index_select_out(to, from, 0, index));
+    return void(to.copy_(from, /*non_blocking=*/true));
+  }
   const auto* rows = index.defined() ? index.const_data_ptr<int64_t>() : nullptr;
   const auto* source = from.const_data_ptr<uint8_t>();
   auto* target = to.mutable_data_ptr<uint8_t>();

@@ -18,7 +18,8 @@ struct Spread {
 };
 
 // Rows are float32, float16, bfloat16 or float64, wires uint8 with rows of any stride. Sums are in float32 (float64 for
-// float64 rows) and in a fixed order on the CPU. Requests are not checked here.
+// float64 rows) and in a fixed order on the CPU and
+// in the kernels of device.h. Requests are not checked here.
 
 // wire[i] = encode(rows[index[i]]), for activations of `dtype`.
 void pack(const AbstractCompressor& codec, const at::Tensor& rows, const std::optional<at::Tensor>& index,
@@ -28,9 +29,18 @@ void pack(const AbstractCompressor& codec, const at::Tensor& rows, const std::op
 void unpack(const AbstractCompressor& codec, const at::Tensor& wire, at::Tensor out,
             const std::optional<at::Tensor>& index);
 
-// sum[index[i]] += decode(wire[i]); sum [R, H] float32 (float64); `dtype` is the activations'.
+// sum[index[i]] += decode(wire[i]); sum [R, H] float32 (float64); `dtype` is the activations'. `distinct`: no place
+// comes twice in `index`, so that accelerators need no atomic sums.
 void unpack_add(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
-                const std::optional<at::Tensor>& index, at::Tensor sum);
+                const std::optional<at::Tensor>& index, at::Tensor sum, bool distinct = false);
+
+// out[t] = base[t] + sum over s of decode(wire[returns[t, s]]), for accelerators that have kernels for it: see
+// sums_on_device(). returns: int32 [T, S], a negative place ends a row's. base: float32 [T, H], may be `out`.
+void sum_rows(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype, const at::Tensor& returns,
+              const std::optional<at::Tensor>& base, at::Tensor out);
+
+// Whether sum_rows takes wires of activations of `dtype` on `device`.
+bool sums_on_device(const AbstractCompressor& codec, at::ScalarType dtype, const at::Tensor& like);
 
 // out[target[e]] = decode(wire[i]), times weight[e] if `weighted`, for the entries e of every wire row i.
 void spread_rows(const AbstractCompressor& codec, const at::Tensor& wire, const Spread& spread, bool weighted,
@@ -45,7 +55,7 @@ void fold_rows(const AbstractCompressor& codec, const at::Tensor& rows, const Sp
 at::Tensor dot_rows(const AbstractCompressor& codec, const at::Tensor& wire, const Spread& spread,
                     const at::Tensor& rows, int64_t top_k);
 
-// to[i] = from[index[i]], or from[i] where `index` is not defined; bytes on the CPU.
+// to[i] = from[index[i]], or from[i] where `index` is not defined; bytes.
 void gather_bytes(const at::Tensor& from, const at::Tensor& index, at::Tensor to);
 
 }  // namespace planmoe

@@ -81,6 +81,7 @@ void bind_compressors(py::module_& module) {
       .def(py::init<>())
       .def("row_bytes", &AbstractCompressor::row_bytes, py::arg("hidden"), py::arg("dtype"))
       .def_property_readonly("lossless", &AbstractCompressor::lossless)
+      .def_property_readonly("identity", &AbstractCompressor::is_identity)
       .def_property_readonly("may_refuse", &AbstractCompressor::may_refuse)
       .def("fits", &AbstractCompressor::fits, py::arg("rows"), NoGil())
       .def("encode", &AbstractCompressor::encode, py::arg("rows"), py::arg("index") = py::none(), NoGil())

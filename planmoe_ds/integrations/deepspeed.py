@@ -35,6 +35,7 @@ from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.execution import save_execution
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup, connect
+from planmoe_ds.grouped import share_storage
 from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.plan import Routes
@@ -208,6 +209,9 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
     by_size = sorted(layers, key=lambda layer: layer.num_local_experts)
     traffic = {layer.ep_group_name: _traffic(layer) for layer in by_size}  # of the layer with most experts
     connected = connect(my_groups, config, device, traffic)
+    if device.type == "cuda":
+        for layer in layers:  # the optimizer, which keeps views, is not built yet
+            share_storage(list(layer.experts.deepspeed_experts))
     recorder = Recorder(device)
     compression = _compression(layers, config, connected, traffic, device)
     for index, layer in enumerate(layers):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from planmoe_ds.backend import comm_names, make_comm
 from tests.contract.plugins import plugged_in
 from tests.contract.traffic import Case, bytes_sent, cases, new_comm, specs, start, two_groups
-from tests.engine.support import rank_device
+from tests.engine.support import drop_groups, rank_device
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -55,6 +55,7 @@ def compare_with_torch(names: list[str], nodes: tuple[int, ...], generated: list
                 assert exchange.bytes_sent == bytes_sent(name, nodes, rank, case), (name, case)
                 assert all(begin <= end for _, begin, end in exchange.spans()), name
             comm.close()
+    drop_groups()
 
 
 def test_every_algorithm_has_a_row(package: str) -> None:
@@ -80,7 +81,7 @@ def test_equals_all_to_all_single(ranks: RankPool, package: str, nodes: tuple[in
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("nodes", [(0,), (0, 1), (0, 0, 1, 1), (0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("nodes", [nodes for listed in NODES.values() for nodes in listed], ids=str)
 @generated_cases
 @given(data=st.data())
 def test_equals_all_to_all_single_over_nccl(gpu_ranks: RankPool, nodes: tuple[int, ...], data: st.DataObject) -> None:

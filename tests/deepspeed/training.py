@@ -82,12 +82,12 @@ def make_engine(case: Case, planmoe: object = None, options: Mapping[str, Any] |
 
 def batch(engine: Any, used_token: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
     """This rank's next tokens [B, S, H], of the model's dtype, and None or a mask [B * S], empty on rank 1."""
-    dtype = engine.module.first.weight.dtype
-    tokens = torch.randn(SEQUENCES, LENGTH, HIDDEN).to(dtype)
+    first = engine.module.first.weight
+    tokens = torch.randn(SEQUENCES, LENGTH, HIDDEN).to(first.device, first.dtype)
     if not used_token:
         return tokens, None
     mask = (torch.rand(SEQUENCES * LENGTH) < 0.7).long()
-    return tokens, mask * (dist.get_rank() != 1)
+    return tokens, (mask * (dist.get_rank() != 1)).to(tokens.device)
 
 
 def train_engine(engine: Any, case: Case, steps: int) -> Values:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,14 @@ def rank_device() -> torch.device:
     device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def drop_groups() -> None:
+    """Destroy every process group but the world's: each holds threads, and memory of the GPU; collective."""
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def slots_of(expert_KT: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from planmoe_ds.layer import ExpertParallelLayer
 from tests.engine.oracle import Gradients, dense, probe
-from tests.engine.support import make_layer, rank_device, routes_of, run_layer
+from tests.engine.support import drop_groups, make_layer, rank_device, routes_of, run_layer
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -97,6 +97,7 @@ def compare(mode_names: list[str], num_cases: int, num_experts: int) -> dict[tup
     for name in mode_names:
         errors = compare_settings(MODES[name], num_cases, num_experts)
         found |= {(name, kind): error for kind, error in errors.items()}
+        drop_groups()
     return found
 
 
@@ -147,4 +148,19 @@ def test_one_expert_per_rank(ranks: RankPool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_mode_over_nccl(gpu_ranks: RankPool, world_size: int) -> None:
-    check(gpu_ranks.run(world_size, compare, list(MODES), 16, 8, timeout=180), rounding=1e-5)
+    check(gpu_ranks.run(world_size, compare, list(MODES), 8, 8, timeout=300), rounding=1e-5)
+
+
+@pytest.mark.gpu
+def test_eight_ranks_over_nccl(gpu_ranks: RankPool) -> None:
+    modes = ["2 chunks", "two nodes", "one copy per node", "two hops", "int8, one copy per node"]
+    check(gpu_ranks.run(8, compare, modes, 6, 8, timeout=300), rounding=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", [[2, 1], [1, 3], [1, 1, 2], [3, 5]], ids=str)
+@pytest.mark.parametrize("comm", ["pipe", "dedup", "hierarchical"])
+def test_uneven_nodes_over_nccl(gpu_ranks: RankPool, comm: str, counts: list[int]) -> None:
+    settings = {"comm": comm, "ranks_per_node": counts, "chunks": 2}
+    for errors in gpu_ranks.run(sum(counts), compare_settings, settings, 8, 3 * sum(counts), timeout=120):
+        assert max(errors.values()) < 1e-5, errors

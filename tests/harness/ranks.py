@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.harness.calls import Arguments, Environment, make_calls, per_rank_environments
 from tests.harness.conversation import RankError, RankTimeout, converse, describe
 from tests.harness.process import RankProcess
@@ -31,13 +33,15 @@ MAX_RANKS = 8
 class RankPool:
     """Up to eight rank processes, started when first needed and kept, with torch imported.
 
-    preload: with DeepSpeed as well.
+    preload: with DeepSpeed as well. NCCL: ranks share GPUs where there are fewer, and it takes `ranks_per_host` of
+    them (0: all) to be on one host.
     """
 
-    def __init__(self, backend: str = "gloo", preload: bool = True) -> None:
+    def __init__(self, backend: str = "gloo", preload: bool = True, ranks_per_host: int = 0) -> None:
         self._backend = backend
+        self._ranks_per_host = ranks_per_host
         self._preload = preload
-        self._processes: list[RankProcess] = []
+        self._processes: dict[int, RankProcess] = {}  # by rank
         self._num_paths = 0
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
 
@@ -64,6 +68,7 @@ class RankPool:
             raise ValueError(f"world_size is {world_size}, expected 1 to {MAX_RANKS}")
         environments = per_rank_environments(env, world_size)
         arguments = Arguments(args, kwargs, per_rank_args)
+        environments = [{**self._place(rank), **env} for rank, env in enumerate(environments)]
         calls = make_calls(function, arguments, environments, self._new_path("store"))
         processes = self._start(environments, preload=False) if fresh else self._reuse(world_size)
         outcomes = _converse_or_kill(processes, calls, timeout, expect_failure)
@@ -77,14 +82,22 @@ class RankPool:
 
     def close(self) -> None:
         """End every process and delete the pool's files."""
-        _kill(self._processes)
+        _kill(list(self._processes.values()))
         self._folder.cleanup()
 
     def _reuse(self, world_size: int) -> list[RankProcess]:
-        self._processes = [process for process in self._processes if process.is_alive]
-        missing = world_size - len(self._processes)
-        self._processes += self._start([{}] * missing, self._preload)
-        return self._processes[:world_size]
+        alive = {rank for rank, process in self._processes.items() if process.is_alive}
+        missing = [rank for rank in range(world_size) if rank not in alive]
+        started = self._start([self._place(rank) for rank in missing], self._preload)
+        self._processes.update(zip(missing, started, strict=True))
+        return [self._processes[rank] for rank in range(world_size)]
+
+    def _place(self, rank: int) -> dict[str, str]:
+        """Which GPU and which host are the rank's."""
+        if self._backend != "nccl":
+            return {}
+        host = {"NCCL_HOSTID": f"host{rank // self._ranks_per_host}"} if self._ranks_per_host else {}
+        return {"LOCAL_RANK": str(rank % torch.cuda.device_count()), **host}
 
     def _start(self, environments: Sequence[Mapping[str, str]], preload: bool) -> list[RankProcess]:
         return [RankProcess(self._new_path("rank"), self._backend, env, preload) for env in environments]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import make_pool
 from tests.harness.ranks import RankPool
 
 
@@ -20,8 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def megatron_ranks() -> Iterator[RankPool]:
-    """Rank processes over gloo, for Megatron alone."""
-    pool = RankPool("gloo", preload=False)
+def megatron_ranks(pytestconfig: pytest.Config) -> Iterator[RankPool]:
+    """Rank processes for Megatron alone."""
+    pool = make_pool(pytestconfig, preload=False)
     yield pool
     pool.close()

@@ -1,4 +1,4 @@
-"""Importing this makes megatron.core usable on CPU ranks: only rank processes do, before they import megatron."""
+"""Importing this makes megatron.core usable on ranks without a GPU: they do so before they import megatron."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "gpt_moe"))
 
+import torch
+
 from megatron_on_cpu import prepare
 
-prepare()
+if not torch.cuda.is_available():
+    prepare()

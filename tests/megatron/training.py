@@ -25,8 +25,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from planmoe_ds.errors import PlanMoEError  # noqa: F401  for tests
 from planmoe_ds.integrations.megatron import activate
+from tests.engine.support import drop_groups, rank_device
 
 VOCABULARY, LENGTH, SEQUENCES, EXPERTS = 64, 12, 2, 8
+DEVICE = rank_device()
 
 Values = dict[str, torch.Tensor]
 
@@ -34,9 +36,7 @@ Values = dict[str, torch.Tensor]
 def start(case: Case) -> None:
     """Make Megatron's groups; those of an earlier training go, since each holds threads."""
     parallel_state.destroy_model_parallel()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+    drop_groups()
     get_moe_layer_wise_logging_tracker().clear()  # it has the number of layers of an earlier training
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # and this that training's shape
     parallel_state.initialize_model_parallel(
@@ -87,6 +87,7 @@ def make_chunks(case: Case, config: TransformerConfig) -> list[Any]:
         )
         model.model_type = ModelType.encoder_or_decoder
         _tell_experts_apart(model)
+        model.to(DEVICE)
         settings = DistributedDataParallelConfig(
             use_distributed_optimizer=case.distributed_optimizer, overlap_grad_reduce=False, bucket_size=None
         )
@@ -145,12 +146,12 @@ def run_steps(case: Case, config: TransformerConfig, chunks: list[Any]) -> Value
 
 def _batch(step: int, number: int) -> torch.Tensor:
     seed = 1000 * step + 10 * number + parallel_state.get_data_parallel_rank() * 77_777
-    return torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def _forward_step(batches: Any, model: Any) -> Any:
     tokens = next(batches)
-    positions = torch.arange(LENGTH).expand(SEQUENCES, -1)
+    positions = torch.arange(LENGTH, device=DEVICE).expand(SEQUENCES, -1)
     output = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
     return output, partial(_mean_loss)
 

@@ -1,0 +1,471 @@
+// Counting sorts whose order is that of the rows: count per tile, add up the tiles before, then write each row's place.
+#include <algorithm>
+
+#include "routing_kernels.h"
+#include "values.cuh"
+
+namespace planmoe::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kScanThreads = 1024;
+constexpr int kEntriesPerThread = 8;
+constexpr int kTileEntries = kThreads * kEntriesPerThread;
+constexpr int64_t kMostSharedCounts = 8192;
+
+struct Route {
+  int64_t rank;   // negative: none
+  int64_t local;  // the expert's index on it
+};
+
+__device__ __forceinline__ int64_t id_at(const RouteIds& routes, int64_t row, int64_t k) {
+  const uint8_t* at = routes.ids + row * routes.row_stride + k * routes.route_stride;
+  const auto place = reinterpret_cast<uintptr_t>(at);
+  if (routes.id_bytes == 2) return load_bytes<int16_t>(at, place % 2 == 0);
+  if (routes.id_bytes == 4) return load_bytes<int32_t>(at, place % 4 == 0);
+  return load_bytes<int64_t>(at, place % 8 == 0);
+}
+
+__device__ __forceinline__ Route route_of(int64_t id, const RouteIds& routes, int64_t first, int64_t last) {
+  if (id < 0) return {-1, 0};
+  const auto wide = static_cast<uint64_t>(id);
+  const auto per_rank = static_cast<uint64_t>(routes.experts_per_rank);
+  const int64_t rank =
+      (wide | per_rank) >> 32 ? wide / per_rank : static_cast<uint32_t>(wide) / static_cast<uint32_t>(per_rank);
+  const int64_t local = id - rank * routes.experts_per_rank;
+  return local < first || local >= last ? Route{-1, 0} : Route{rank, local};
+}
+
+// ---- rows for lists ----
+
+// The rows and experts of one chunk.
+struct Chunk {
+  int64_t first_row, last_row, first_expert, last_expert;
+
+  __device__ Chunk(const ListArguments& a, int64_t x) {
+    const auto X = a.num_chunks, T = a.routes.num_rows, L = a.routes.experts_per_rank;
+    first_row = a.chunk_by_expert ? 0 : (x * T + X - 1) / X;
+    last_row = a.chunk_by_expert ? T : ((x + 1) * T + X - 1) / X;
+    first_expert = a.chunk_by_expert ? (x * L + X - 1) / X : a.routes.first_expert;
+    last_expert = a.chunk_by_expert ? ((x + 1) * L + X - 1) / X : a.routes.last_expert;
+  }
+};
+
+// Which of 64 lists from `first` on want a row: one bit each.
+__device__ unsigned long long lists_of(const ListArguments& a, const Chunk& chunk, int64_t row, int64_t first) {
+  unsigned long long wanted = 0;
+  if (row >= chunk.last_row) return wanted;
+  for (int64_t k = 0; k < a.routes.top_k; ++k) {
+    const auto route = route_of(id_at(a.routes, row, k), a.routes, chunk.first_expert, chunk.last_expert);
+    if (route.rank < 0 || route.rank >= a.num_ranks) continue;
+    const int64_t list = a.list_of_rank[route.rank];
+    if (list >= first && list < first + 64) wanted |= 1ull << (list - first);
+  }
+  return wanted;
+}
+
+// function(list, lanes that want it) by all lanes of the warp.
+template <class Function>
+__device__ void each_list(const ListArguments& a, const Chunk& chunk, int64_t row, const Function& function) {
+  for (int64_t first = 0; first < a.num_lists; first += 64) {
+    const auto wanted = lists_of(a, chunk, row, first);
+    const int64_t end = min(first + 64, a.num_lists);
+    for (int64_t list = first; list < end; ++list) {
+      const unsigned lanes = __ballot_sync(kAllLanes, (wanted >> (list - first)) & 1);
+      if (lanes != 0) function(list, lanes);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) count_lists(const __grid_constant__ ListArguments a, int64_t tiles) {
+  extern __shared__ int32_t counts[];  // [S]
+  const Chunk chunk(a, blockIdx.y);
+  for (int64_t list = threadIdx.x; list < a.num_lists; list += kThreads) counts[list] = 0;
+  __syncthreads();
+  const int64_t row = chunk.first_row + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  each_list(a, chunk, row, [&](int64_t list, unsigned lanes) {
+    if (threadIdx.x % kWarp == 0) atomicAdd(&counts[list], __popc(lanes));
+  });
+  __syncthreads();
+  for (int64_t list = threadIdx.x; list < a.num_lists; list += kThreads)
+    a.first[(blockIdx.y * a.num_lists + list) * tiles + blockIdx.x] = counts[list];
+}
+
+// Exclusive sums of `count` numbers, in place, and the total after them; by one block.
+__global__ void __launch_bounds__(kScanThreads) add_up(int32_t* numbers, int64_t count) {
+  __shared__ int32_t warp_totals[kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int32_t before = 0;
+  for (int64_t first = 0; first < count; first += kScanThreads) {
+    const int64_t at = first + threadIdx.x;
+    const int32_t own = at < count ? numbers[at] : 0;
+    int32_t sum = own;
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int32_t other = __shfl_up_sync(kAllLanes, sum, step);
+      if (lane >= step) sum += other;
+    }
+    if (lane == kWarp - 1) warp_totals[warp] = sum;
+    __syncthreads();
+    int32_t total = 0, earlier = 0;
+    for (int w = 0; w < kScanThreads / kWarp; ++w) {
+      earlier += w < warp ? warp_totals[w] : 0;
+      total += warp_totals[w];
+    }
+    if (at < count) numbers[at] = before + earlier + sum - own;
+    before += total;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) numbers[count] = before;
+}
+
+// A block's counts: in shared memory where they fit, else where they belong.
+class Counts {
+ public:
+  __device__ Counts(const ListArguments& a, int32_t* shared) : a_(a), shared_(shared) {
+    if (shared_ == nullptr) return;
+    for (int64_t i = threadIdx.x; i < size(); i += kThreads) shared_[i] = 0;
+  }
+
+  // E | P, B | P, B | P, B, G
+  __host__ __device__ static int64_t size(const ListArguments& a) {
+    const int64_t cells = a.num_ranks * a.num_pieces;
+    return a.num_ranks * a.routes.experts_per_rank + cells + (a.counts.passed < 0 ? 0 : cells * (1 + a.group));
+  }
+
+  __device__ void add_expert(int64_t rank, int64_t local) { add(rank * a_.routes.experts_per_rank + local); }
+  __device__ void add_far(int64_t rank, int64_t piece) { add(num_experts() + rank * a_.num_pieces + piece); }
+  __device__ void add_passed(int64_t hop, int64_t piece) { add(num_experts() + cells() + hop * a_.num_pieces + piece); }
+  __device__ void add_fan(int64_t hop, int64_t piece, int64_t member) {
+    add(num_experts() + 2 * cells() + (hop * a_.num_pieces + piece) * a_.group + member);
+  }
+
+  __device__ void flush() const {
+    if (shared_ == nullptr) return;
+    for (int64_t i = threadIdx.x; i < size(); i += kThreads)
+      if (shared_[i] != 0) atomicAdd(place(i), static_cast<unsigned long long>(shared_[i]));
+  }
+
+ private:
+  __device__ int64_t num_experts() const { return a_.num_ranks * a_.routes.experts_per_rank; }
+  __device__ int64_t cells() const { return a_.num_ranks * a_.num_pieces; }
+  __device__ int64_t size() const { return size(a_); }
+
+  __device__ void add(int64_t i) {
+    if (shared_ != nullptr)
+      atomicAdd(&shared_[i], 1);
+    else
+      atomicAdd(place(i), 1ull);
+  }
+
+  __device__ unsigned long long* place(int64_t i) const {
+    const int64_t x = blockIdx.y;
+    const auto& columns = a_.counts;
+    const auto at = [&](int64_t rank, int64_t column) { return columns.message + rank * columns.width + column; };
+    const int64_t L = a_.routes.experts_per_rank, B = a_.num_pieces, G = a_.group;
+    if (i < num_experts()) return at(i / L, columns.expert_rows + x * L + i % L);
+    i -= num_experts();
+    if (i < cells()) return at(i / B, columns.far + x * B + i % B);
+    i -= cells();
+    if (i < cells()) return at(i / B, columns.passed + x * B + i % B);
+    i -= cells();
+    return at(i / G / B, columns.fan + (x * B + i / G % B) * G + i % G);
+  }
+
+  const ListArguments& a_;
+  int32_t* shared_;
+};
+
+// One row's counts and its places in the lists.
+class RowWriter {
+ public:
+  __device__ RowWriter(const ListArguments& a, const Chunk& chunk, int64_t tiles, int64_t row)
+      : a_(a), chunk_(chunk), tiles_(tiles), row_(row) {}
+
+  __device__ void write(int64_t list, int64_t place) {
+    a_.rows[place] = row_;
+    const bool near = list < a_.num_near;
+    int32_t* table = near ? a_.near_return : a_.far_return;
+    if (table == nullptr) return;
+    const int64_t chunk_rows = a_.chunk_by_expert ? blockIdx.y * a_.routes.num_rows : 0;
+    int& slot = near ? near_slots_ : far_slots_;
+    table[(chunk_rows + row_) * a_.num_slots + slot++] = static_cast<int32_t>(place - first_of(near ? 0 : a_.num_near));
+  }
+
+  __device__ void end_returns() const {
+    const int64_t at = ((a_.chunk_by_expert ? blockIdx.y * a_.routes.num_rows : 0) + row_) * a_.num_slots;
+    for (int64_t slot = near_slots_; a_.near_return != nullptr && slot < a_.num_slots; ++slot)
+      a_.near_return[at + slot] = -1;
+    for (int64_t slot = far_slots_; a_.far_return != nullptr && slot < a_.num_slots; ++slot)
+      a_.far_return[at + slot] = -1;
+  }
+
+  // Of the far message to list's hop: the piece in which the row at `place` travels.
+  __device__ int64_t piece_of(int64_t list, int64_t place) const {
+    const int64_t rows = first_of(list + 1) - first_of(list);
+    const int64_t wanted = rows / a_.rows_per_piece;
+    const int64_t pieces = wanted < 1 ? 1 : min(wanted, a_.num_pieces);
+    return (place - first_of(list)) * pieces / rows;
+  }
+
+ private:
+  __device__ int64_t first_of(int64_t list) const {
+    return a_.first[(static_cast<int64_t>(blockIdx.y) * a_.num_lists + list) * tiles_];
+  }
+
+  const ListArguments& a_;
+  const Chunk& chunk_;
+  int64_t tiles_;
+  int64_t row_;
+  int near_slots_ = 0;
+  int far_slots_ = 0;
+};
+
+// Counts of one row's routes. Far rows: by the piece of the row that carries them, which `place_of(list)` tells.
+template <class PlaceOf>
+__device__ void count_routes(const ListArguments& a, const Chunk& chunk, int64_t row, const RowWriter& writer,
+                             Counts& counts, const PlaceOf& place_of) {
+  for (int64_t k = 0; k < a.routes.top_k; ++k) {
+    const auto id = id_at(a.routes, row, k);
+    const auto route = route_of(id, a.routes, chunk.first_expert, chunk.last_expert);
+    if (route.rank < 0) continue;
+    if (route.rank >= a.num_ranks) {
+      atomicAdd(a.counts.message + a.counts.invalid, 1ull);
+      continue;
+    }
+    counts.add_expert(route.rank, route.local);
+    const int64_t list = a.list_of_rank[route.rank];
+    if (list < a.num_near) continue;
+    bool new_rank = true, new_list = true;
+    for (int64_t earlier = 0; earlier < k; ++earlier) {
+      const auto other = route_of(id_at(a.routes, row, earlier), a.routes, chunk.first_expert, chunk.last_expert);
+      if (other.rank < 0 || other.rank >= a.num_ranks) continue;
+      new_rank &= other.rank != route.rank;
+      new_list &= a.list_of_rank[other.rank] != list;
+    }
+    if (!new_rank) continue;
+    const int64_t piece = writer.piece_of(list, place_of(list));
+    const int64_t hop = a.rank_of_list[list];
+    counts.add_far(route.rank, piece);
+    if (a.counts.passed < 0) continue;
+    if (new_list) counts.add_passed(hop, piece);
+    counts.add_fan(hop, piece, a.local_rank[route.rank]);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    place_lists(const __grid_constant__ ListArguments a, int64_t tiles, bool shared_counts) {
+  extern __shared__ int32_t shared[];  // [warps, S], then counts
+  const Chunk chunk(a, blockIdx.y);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t row = chunk.first_row + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t i = threadIdx.x; i < kWarps * a.num_lists; i += kThreads) shared[i] = 0;
+  Counts counts(a, shared_counts ? shared + kWarps * a.num_lists : nullptr);
+  __syncthreads();
+  int32_t* own = shared + warp * a.num_lists;
+  each_list(a, chunk, row, [&](int64_t list, unsigned lanes) {
+    if (lane == 0) own[list] = __popc(lanes);
+  });
+  __syncthreads();
+  for (int64_t list = threadIdx.x; list < a.num_lists; list += kThreads) {
+    int32_t next = a.first[(blockIdx.y * a.num_lists + list) * tiles + blockIdx.x];
+    for (int w = 0; w < kWarps; ++w) {
+      const int32_t count = shared[w * a.num_lists + list];
+      shared[w * a.num_lists + list] = next;
+      next += count;
+    }
+  }
+  __syncthreads();
+  const bool exists = row < chunk.last_row;
+  RowWriter writer(a, chunk, tiles, row);
+  each_list(a, chunk, row, [&](int64_t list, unsigned lanes) {
+    if ((lanes >> lane) & 1) writer.write(list, own[list] + __popc(lanes & ((1u << lane) - 1)));
+  });
+  if (exists) writer.end_returns();
+  if (a.counts.message == nullptr) return;
+  // A far row's place again, without keeping one per list: by the order of rows inside the warp.
+  const auto place_of = [&](int64_t list) {
+    int32_t place = own[list];
+    for (int64_t earlier = row - lane; earlier < row; ++earlier)
+      place += static_cast<int32_t>((lists_of(a, chunk, earlier, list) & 1ull) != 0);
+    return static_cast<int64_t>(place);
+  };
+  if (exists) count_routes(a, chunk, row, writer, counts, place_of);
+  __syncthreads();
+  counts.flush();
+  if (blockIdx.x != 0) return;
+  for (int64_t list = threadIdx.x; list < a.num_near; list += kThreads) {
+    const int32_t* first = a.first + (blockIdx.y * a.num_lists + list) * tiles;
+    a.counts.message[a.rank_of_list[list] * a.counts.width + a.counts.near + blockIdx.y] =
+        static_cast<unsigned long long>(first[tiles] - first[0]);
+  }
+}
+
+// ---- entries of arrived rows ----
+
+__device__ __forceinline__ Route entry_route(const SpreadArguments& a, int64_t entry) {
+  if (entry >= a.routes.num_rows * a.routes.top_k) return {-1, 0};
+  const int64_t row = entry / a.routes.top_k;
+  const auto id = id_at(a.routes, row, entry - row * a.routes.top_k);
+  const auto route = route_of(id, a.routes, a.routes.first_expert, a.routes.last_expert);
+  return route.rank == a.rank ? route : Route{-1, 0};
+}
+
+__global__ void __launch_bounds__(kThreads) count_entries(const __grid_constant__ SpreadArguments a) {
+  extern __shared__ int32_t counts[];  // [L + 1]: the last counts all
+  const int64_t L = a.routes.experts_per_rank;
+  for (int64_t i = threadIdx.x; i <= L; i += kThreads) counts[i] = 0;
+  __syncthreads();
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileEntries;
+  int32_t own = 0;
+  for (int i = 0; i < kEntriesPerThread; ++i) {
+    const auto route = entry_route(a, first + i * kThreads + threadIdx.x);
+    if (route.rank < 0) continue;
+    atomicAdd(&counts[route.local], 1);
+    ++own;
+  }
+  if (own > 0) atomicAdd(&counts[L], own);
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i <= L; i += kThreads) a.histogram[blockIdx.x * (L + 1) + i] = counts[i];
+}
+
+// Sums over the tiles before, one thread per column.
+__global__ void add_up_tiles(int32_t* histogram, int64_t tiles, int64_t width) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (column >= width) return;
+  constexpr int kAtOnce = 8;
+  int32_t sum = 0;
+  for (int64_t first = 0; first < tiles; first += kAtOnce) {
+    int32_t counts[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) counts[j] = first + j < tiles ? histogram[(first + j) * width + column] : 0;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (first + j < tiles) histogram[(first + j) * width + column] = sum;
+      sum += counts[j];
+    }
+  }
+}
+
+__device__ __forceinline__ int64_t source_of(const SpreadArguments& a, int64_t row) {
+  const int64_t* first_row = a.table + a.num_sources * a.routes.experts_per_rank;
+  int64_t low = 0, high = a.num_sources - 1;  // the last source whose first row is not after `row`
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (first_row[middle] <= row)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+__device__ __forceinline__ float weight_of(const SpreadArguments& a, int64_t row, int64_t k) {
+  const int64_t bytes = a.weight_type == WeightType::kFloat ? 4 : 2;
+  const uint8_t* at = a.weights + row * a.routes.row_stride + k * bytes;
+  const auto place = reinterpret_cast<uintptr_t>(at);
+  if (a.weight_type == WeightType::kFloat) return load_bytes<float>(at, place % 4 == 0);
+  const auto bits = load_bytes<uint16_t>(at, place % 2 == 0);
+  return a.weight_type == WeightType::kHalf ? __half2float(__ushort_as_half(bits))
+                                            : __bfloat162float(__ushort_as_bfloat16(bits));
+}
+
+__device__ __forceinline__ void write_entry(const SpreadArguments& a, int64_t entry, int64_t row, int64_t k,
+                                            int64_t local, int64_t rank_in_expert) {
+  if (entry >= a.num_entries) return;  // a peer that sent more than it had announced
+  int64_t target = a.table[source_of(a, row) * a.routes.experts_per_rank + local];
+  if (a.places == nullptr) {
+    target += rank_in_expert;
+  } else {
+    const uint8_t* at = a.places + row * a.routes.row_stride + 4 * k;
+    target += load_bytes<int32_t>(at, reinterpret_cast<uintptr_t>(at) % 4 == 0);
+  }
+  a.target[entry] = target;
+  a.route[entry] = k;
+  a.source[entry] = row;
+  if (a.weight != nullptr) a.weight[entry] = weight_of(a, row, k);
+}
+
+__global__ void __launch_bounds__(kThreads) place_entries(const __grid_constant__ SpreadArguments a) {
+  extern __shared__ int32_t next[];  // [warps, L + 1]
+  const int64_t L = a.routes.experts_per_rank, K = a.routes.top_k, total = a.routes.num_rows * K;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileEntries + warp * kWarp * kEntriesPerThread + lane;
+  for (int64_t i = threadIdx.x; i < kWarps * (L + 1); i += kThreads) next[i] = 0;
+  __syncthreads();
+  int32_t* own = next + warp * (L + 1);
+  for (int i = 0; i < kEntriesPerThread; ++i) {
+    const auto route = entry_route(a, first + i * kWarp);
+    if (route.rank < 0) continue;
+    atomicAdd(&own[route.local], 1);
+    atomicAdd(&own[L], 1);
+  }
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i <= L; i += kThreads) {
+    int32_t sum = a.histogram[blockIdx.x * (L + 1) + i];
+    for (int w = 0; w < kWarps; ++w) {
+      const int32_t count = next[w * (L + 1) + i];
+      next[w * (L + 1) + i] = sum;
+      sum += count;
+    }
+  }
+  __syncthreads();
+  const unsigned before = (1u << lane) - 1;
+  for (int i = 0; i < kEntriesPerThread; ++i) {
+    const int64_t at = first + i * kWarp;
+    const auto route = entry_route(a, at);
+    const bool kept = route.rank >= 0;
+    const unsigned all = __ballot_sync(kAllLanes, kept);
+    const unsigned same = __match_any_sync(kAllLanes, kept ? static_cast<int>(route.local) : -1);
+    const int64_t entry = own[L] + __popc(all & before);
+    const int64_t rank_in_expert = kept ? own[route.local] + __popc(same & before) : 0;
+    __syncwarp();
+    if (kept && (same & before) == 0) own[route.local] += __popc(same);
+    if (lane == 0) own[L] += __popc(all);
+    __syncwarp();
+    if (at >= total) continue;
+    const int64_t row = at / K, k = at - row * K;
+    if (k == 0) a.start[row] = min(entry, a.num_entries);
+    if (at == total - 1) a.start[a.routes.num_rows] = min(entry + kept, a.num_entries);
+    if (kept) write_entry(a, entry, row, k, route.local, rank_in_expert);
+  }
+}
+
+}  // namespace
+
+int64_t list_tiles(int64_t num_rows, int64_t num_chunks, bool chunk_by_expert) {
+  const int64_t rows = chunk_by_expert ? num_rows : (num_rows + num_chunks - 1) / num_chunks;
+  return std::max<int64_t>(1, (rows + kThreads - 1) / kThreads);
+}
+
+cudaError_t launch_lists(const ListArguments& a, cudaStream_t stream) {
+  const int64_t tiles = list_tiles(a.routes.num_rows, a.num_chunks, a.chunk_by_expert);
+  const int64_t cells = a.num_chunks * a.num_lists * tiles;
+  if (a.num_lists > kMostLists || a.num_chunks > 65535 || cells > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(a.num_chunks));
+  const auto lists = static_cast<size_t>(a.num_lists) * sizeof(int32_t);
+  const int64_t num_counts = a.counts.message == nullptr ? 0 : Counts::size(a);
+  const bool shared_counts = num_counts <= kMostSharedCounts - kWarps * a.num_lists;
+  count_lists<<<grid, kThreads, lists, stream>>>(a, tiles);
+  add_up<<<1, kScanThreads, 0, stream>>>(a.first, cells);
+  place_lists<<<grid, kThreads, kWarps * lists + (shared_counts ? num_counts : 0) * sizeof(int32_t), stream>>>(
+      a, tiles, shared_counts);
+  return cudaGetLastError();
+}
+
+int64_t spread_tiles(int64_t num_rows, int64_t top_k) { return (num_rows * top_k + kTileEntries - 1) / kTileEntries; }
+
+cudaError_t launch_spread_plan(const SpreadArguments& a, cudaStream_t stream) {
+  const int64_t width = a.routes.experts_per_rank + 1;
+  const int64_t tiles = spread_tiles(a.routes.num_rows, a.routes.top_k);
+  if (tiles == 0) return cudaMemsetAsync(a.start, 0, (a.routes.num_rows + 1) * sizeof(int64_t), stream);
+  if (width > kMostLocalExperts + 1 || tiles > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
+  const auto blocks = static_cast<unsigned>(tiles);
+  const auto row = static_cast<size_t>(width) * sizeof(int32_t);
+  count_entries<<<blocks, kThreads, row, stream>>>(a);
+  add_up_tiles<<<static_cast<unsigned>((width + kWarp - 1) / kWarp), kWarp, 0, stream>>>(a.histogram, tiles, width);
+  place_entries<<<blocks, kThreads, kWarps * row, stream>>>(a);
+  return cudaGetLastError();
+}
+
+}  // namespace planmoe::cuda

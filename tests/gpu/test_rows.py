@@ -1,0 +1,180 @@
+"""The CUDA row kernels against the CPU's, and against float64 sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from planmoe_ds.backend import compressor_names, dot_rows, fold_rows, make_compressor, spread_rows, sum_rows, unpack_add
+from tests.gpu.support import DTYPES, HIDDEN, normal, random_routes, spread_of
+
+pytestmark = pytest.mark.gpu
+ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# how far a sum that rounds otherwise may lead, by taking the next code
+SLACK = {"none": 0.0, "bf16": 8e-3, "int8": 1e-2, "hadamard_int8": 1e-2, "fp8": 3e-2, "int4": 0.15}
+codecs = pytest.mark.parametrize("name", [name for name in SLACK if name in compressor_names()])
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+sizes = pytest.mark.parametrize("hidden", HIDDEN)
+
+
+def wire_for(name: str, rows: int, hidden: int, dtype: torch.dtype, extra: int, device: str) -> torch.Tensor:
+    """Wire rows that lie `extra` bytes apart; poisoned."""
+    width = make_compressor(name).row_bytes(hidden, dtype)
+    return torch.full((rows, width + extra), 0xAB, dtype=torch.uint8, device=device)
+
+
+@pytest.fixture(autouse=True)
+def _no_half_as_bfloat16(request: pytest.FixtureRequest) -> None:
+    values = getattr(request.node, "callspec", None)
+    if values is not None and values.params.get("name") == "bf16" and values.params.get("dtype") is torch.float16:
+        pytest.skip("bf16 refuses float16 rows")
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, rounding: float) -> None:
+    got, expected = got.cpu().double(), expected.cpu().double()
+    assert torch.isfinite(got).all()
+    assert (got - expected).norm() <= rounding * expected.norm() + 1e-30
+
+
+@codecs
+@dtypes
+@sizes
+@pytest.mark.parametrize("extra", [0, 2, 16])
+def test_pack_and_unpack_are_the_cpus(name: str, dtype: torch.dtype, hidden: int, extra: int) -> None:
+    codec, rows = make_compressor(name), normal(37, hidden, dtype)
+    index = torch.randperm(37, generator=torch.Generator().manual_seed(1))[:29]
+    expected = wire_for(name, 29, hidden, dtype, extra, "cpu")
+    codec.encode_into(rows, index, expected)
+    wire = wire_for(name, 29, hidden, dtype, extra, "cuda")
+    codec.encode_into(rows.cuda(), index.cuda(), wire)
+    width = codec.row_bytes(hidden, dtype)
+    assert torch.equal(wire.cpu()[:, :width], expected[:, :width])
+    assert (wire.cpu()[:, width:] == 0xAB).all()
+    out, back = (torch.full_like(rows, 5.0, device=device) for device in ("cuda", "cpu"))
+    codec.decode(wire, out, index.cuda())
+    codec.decode(expected, back, index)
+    assert torch.equal(out.cpu(), back)
+
+
+@codecs
+@dtypes
+@sizes
+@pytest.mark.parametrize("weighted", [False, True])
+def test_spread_fold_and_dot(name: str, dtype: torch.dtype, hidden: int, weighted: bool) -> None:
+    codec, rows = make_compressor(name), normal(50, hidden, dtype)
+    expert = random_routes(50, 3, 8)
+    torch.manual_seed(2)
+    weights = torch.rand(50, 3)
+    plans = {device: spread_of(expert, 4, [20, 0, 30], device, weights) for device in ("cpu", "cuda")}
+    for field in ("start", "target", "route", "source", "weight"):
+        assert torch.equal(getattr(plans["cuda"], field).cpu(), getattr(plans["cpu"], field)), field
+    entries = plans["cpu"].target.numel()
+    results: dict[str, list[torch.Tensor]] = {}
+    for device, plan in plans.items():
+        wire = codec.encode(rows.to(device))
+        buffer = torch.full((entries, hidden), 7.0, dtype=dtype, device=device)
+        spread_rows(codec, wire, plan, weighted, buffer)
+        values = normal(entries, hidden, dtype, 3).to(device)
+        folded = wire_for(name, 50, hidden, dtype, 16, device)
+        fold_rows(codec, values, plan, weighted, folded)
+        sums = torch.full((50, hidden), 9.0, dtype=dtype, device=device)
+        codec.decode(folded, sums)
+        results[device] = [buffer, sums, dot_rows(codec, wire, plan, values, 3)]
+    step = SLACK[name]
+    for got, expected, slack in zip(results["cuda"], results["cpu"], [0.0, step, 1e-5], strict=True):
+        close(got, expected, ROUNDING[dtype] + slack)
+    missing = torch.ones(50, 3, dtype=torch.bool)
+    missing[plans["cpu"].source, plans["cpu"].route] = False
+    assert (results["cuda"][2].cpu()[missing] == 0).all()
+
+
+@codecs
+@dtypes
+@pytest.mark.parametrize("hidden", [1, 129, 1000])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_sums_of_returned_rows(name: str, dtype: torch.dtype, hidden: int, narrow: bool) -> None:
+    codec, rows = make_compressor(name), normal(40, hidden, dtype)
+    returns = torch.full((25, 3), -1, dtype=torch.int32)
+    for token in range(25):
+        places = torch.randperm(40, generator=torch.Generator().manual_seed(token))[: token % 4].int()
+        returns[token, : len(places)] = places
+    wire = codec.encode(rows.cuda())
+    decoded = torch.empty(rows.shape, dtype=dtype if name == "none" else torch.float32)
+    codec.decode(wire.cpu(), decoded)
+    base = normal(25, hidden, torch.float32, 4)
+    expected = base.double()
+    for token in range(25):
+        for place in returns[token][returns[token] >= 0].tolist():
+            expected[token] += decoded[place].double()
+    out = torch.full((25, hidden), 3.0, dtype=dtype if narrow else torch.float32, device="cuda")
+    sum_rows(codec, wire, dtype, returns.cuda(), base.cuda(), out)
+    close(out, expected, ROUNDING[dtype if narrow else torch.float32])
+    again = base.cuda()
+    sum_rows(codec, wire, dtype, returns.cuda(), again, again)
+    close(again, expected, ROUNDING[torch.float32])
+
+
+@codecs
+@dtypes
+def test_adding_rows_in_place(name: str, dtype: torch.dtype) -> None:
+    codec, rows, index = make_compressor(name), normal(9, 200, dtype), torch.tensor([4, 1, 8, 0, 2, 3, 5, 6, 7])
+    sums = {device: normal(9, 200, torch.float32, 5).to(device) for device in ("cpu", "cuda")}
+    for device, total in sums.items():
+        unpack_add(codec, codec.encode(rows.to(device)), dtype, index.to(device), total, distinct=True)
+    assert torch.equal(sums["cuda"].cpu(), sums["cpu"])
+
+
+@dtypes
+def test_not_finite_values_stay_so(dtype: torch.dtype) -> None:
+    rows = normal(4, 300, dtype)
+    rows[1, 5], rows[2, 290], rows[3, 140] = float("nan"), float("inf"), -float("inf")
+    for name in ("none", "int8"):
+        codec = make_compressor(name)
+        wire = codec.encode(rows.cuda())
+        assert torch.equal(wire.cpu(), codec.encode(rows)) or name == "none"
+        out = torch.empty_like(rows, device="cuda")
+        codec.decode(wire, out)
+        assert not torch.isfinite(out[[1, 2, 3], [5, 290, 140]]).any()
+        assert torch.isfinite(out[0]).all()
+
+
+def test_more_than_two_to_the_31_values() -> None:
+    rows, hidden = (1 << 20) + 3, 2049
+    if torch.cuda.mem_get_info()[0] < 12 * rows * hidden:
+        pytest.skip("needs 26 GB of memory on the card")
+    values = torch.empty((rows, hidden), dtype=torch.bfloat16, device="cuda")
+    values[-1] = torch.arange(hidden, device="cuda").bfloat16()
+    index = torch.tensor([rows - 1, 0], device="cuda")
+    values[0] = 1.0
+    codec = make_compressor("none")
+    wire = codec.encode(values, index)
+    out = torch.empty((rows, hidden), dtype=torch.bfloat16, device="cuda")
+    codec.decode(wire, out, index)
+    assert torch.equal(out[-1], values[-1])
+    assert torch.equal(out[0], values[0])
+
+
+def test_bad_input() -> None:
+    codec, rows = make_compressor("none"), torch.zeros(4, 8, device="cuda")
+    with pytest.raises(ValueError, match="index is on cpu"):
+        codec.encode(rows, torch.tensor([0]))
+    with pytest.raises(ValueError, match="wire is on cpu"):
+        codec.decode(torch.zeros(4, 32, dtype=torch.uint8), rows)
+    plan = spread_of(random_routes(4, 2, 4), 4, [4], "cpu")
+    with pytest.raises(ValueError, match="one device"):
+        spread_rows(codec, codec.encode(rows), plan, False, rows)
+    with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
+        make_compressor("int8").encode(rows.double())
+    with pytest.raises(ValueError, match="returns must be"):
+        sum_rows(codec, codec.encode(rows), torch.float32, torch.zeros(3, 1, dtype=torch.int32).cuda(), None, rows)
+    with pytest.raises(ValueError, match="on an accelerator"):
+        sum_rows(codec, codec.encode(rows.cpu()), torch.float32, torch.zeros(4, 1).int(), None, rows.cpu())
+
+
+def test_empty_input() -> None:
+    codec, rows = make_compressor("none"), torch.zeros(0, 8, device="cuda")
+    assert codec.encode(rows).shape == (0, 32)
+    plan = spread_of(random_routes(0, 2, 4), 4, [0], "cuda")
+    assert plan.start.tolist() == [0]
+    spread_rows(codec, codec.encode(rows), plan, True, rows)
+    assert dot_rows(codec, codec.encode(rows), plan, rows, 2).shape == (0, 2)
