@@ -62,7 +62,7 @@ def extension() -> CppExtension:
     cuda = builds_cuda()
     endings = (".cpp", ".cu") if cuda else (".cpp",)
     found = [path for path in (ROOT / "csrc").rglob("*") if cuda or path.parent.name != "cuda"]
-    found += (ROOT / "zfp" / "src").glob("*.cpp")
+    found += (ROOT / "zfp" / "src").glob("*.c*")
     sources = sorted(str(path.relative_to(ROOT)) for path in found if path.suffix in endings)
     macros = [
         ("PLANMOE_TORCH_VERSION", f'"{torch.__version__}"'),

@@ -1,4 +1,4 @@
-"""The CUDA kernels against the card's copy rate, torch's own operations beside: python benchmarks/kernels.py [--quick].
+"""The CUDA kernels against the card's copy rate, torch and Megatron beside: python benchmarks/kernels.py [--quick].
 
 permute and combine: the bytes that must move (each input row once, each output row once) over their time, as a share
 of what a device-to-device copy reaches in the same run. Codecs: GB/s of float32 input, 256 MiB of normal values.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,8 +51,37 @@ def find_spread(shape: Shape, expert_KT: torch.Tensor, weight_KT: torch.Tensor) 
     )  # fmt: skip
 
 
+CALLS = 10  # in a row, so that the host's part of a call does not count
+ALIGNED = 16  # wire rows start at multiples of it, as in the engine
+PEERS = ("permute_torch_index_select", "permute_megatron", "combine_torch_index_add", "combine_megatron")
+
+
+def time_of(call: Callable[[], object], rounds: int) -> float:
+    """Milliseconds of one call."""
+    return median_ms(call, rounds, calls=CALLS)
+
+
+def megatron_calls(
+    shape: Shape, tokens: torch.Tensor, expert_KT: torch.Tensor, weight_KT: torch.Tensor, buffer: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    """Megatron's own permutation and its inverse on the same routing, where megatron-core is installed."""
+    try:
+        from megatron.core.transformer.moe.moe_utils import permute, unpermute
+    except ImportError as error:
+        print(f"Megatron left out: {error}")
+        return {}
+    chosen = torch.zeros(shape.tokens, shape.experts, dtype=torch.bool, device="cuda")
+    chosen.scatter_(1, expert_KT.t(), value=True)
+    probabilities = torch.zeros(shape.tokens, shape.experts, device="cuda").scatter_(1, expert_KT.t(), weight_KT.t())
+    order = permute(tokens, chosen)[-1]
+    return {
+        "permute_megatron": lambda: permute(tokens, chosen),
+        "combine_megatron": lambda: unpermute(buffer, order, tokens.shape, probs=probabilities, routing_map=chosen),
+    }
+
+
 def measure_shape(shape: Shape, copy: float, rounds: int) -> dict[str, float]:
-    """Shares of the copy rate of planmoe's kernels and of torch's operations that do the same."""
+    """Shares of the copy rate of planmoe's kernels and of what torch and Megatron have for the same."""
     expert_KT, weight_KT = routing(shape)
     plan = find_spread(shape, expert_KT, weight_KT)
     codec = make_compressor("none")
@@ -67,15 +97,17 @@ def measure_shape(shape: Shape, copy: float, rounds: int) -> dict[str, float]:
     def torch_combine() -> torch.Tensor:
         return result.zero_().index_add_(0, token_of_row, buffer * weight_of_row)
 
-    times = {
-        "permute": median_ms(lambda: spread_rows(codec, wire, plan, False, buffer), rounds),
-        "permute_torch_index_select": median_ms(lambda: torch.index_select(tokens, 0, token_of_row), rounds),
-        "combine": median_ms(lambda: fold_rows(codec, buffer, plan, True, back), rounds),
-        "combine_torch_index_add": median_ms(torch_combine, rounds),
-        "weighted_permute": median_ms(lambda: spread_rows(codec, wire, plan, True, buffer), rounds),
-        "gate_gradients": median_ms(lambda: dot_rows(codec, wire, plan, buffer, shape.top_k), rounds),
+    calls: dict[str, Callable[[], object]] = {
+        "permute": lambda: spread_rows(codec, wire, plan, False, buffer),
+        "permute_torch_index_select": lambda: torch.index_select(tokens, 0, token_of_row),
+        "combine": lambda: fold_rows(codec, buffer, plan, True, back),
+        "combine_torch_index_add": torch_combine,
+        "weighted_permute": lambda: spread_rows(codec, wire, plan, True, buffer),
+        "gate_gradients": lambda: dot_rows(codec, wire, plan, buffer, shape.top_k),
+        **megatron_calls(shape, tokens, expert_KT, weight_KT, buffer),
     }
-    plan_ms = median_ms(lambda: find_spread(shape, expert_KT, weight_KT), rounds)
+    times = {name: time_of(call, rounds) for name, call in calls.items()}
+    plan_ms = time_of(lambda: find_spread(shape, expert_KT, weight_KT), rounds)
     found = {f"{shape.name}_{name}_ms": time for name, time in times.items()}
     found |= {f"{shape.name}_{name}_roofline": ideal / time for name, time in times.items()}
     return found | {f"{shape.name}_plan_ms": plan_ms}
@@ -85,13 +117,15 @@ def measure_codec(name: str, rounds: int, dtype: torch.dtype) -> dict[str, float
     """GB/s of float32 values (4 bytes each, whatever the dtype) through encode and decode."""
     codec = make_compressor(name)
     rows = torch.randn(32768, 2048, device="cuda").to(dtype)
-    wire = codec.encode(rows)
+    width = -(-codec.row_bytes(rows.shape[1], dtype) // ALIGNED) * ALIGNED
+    wire = torch.empty(rows.shape[0], width, dtype=torch.uint8, device="cuda")
+    codec.encode_into(rows, None, wire)
     out = torch.empty_like(rows)
     kind = str(dtype).removeprefix("torch.")
     num_bytes = rows.numel() * 4
     return {
-        f"{name}_{kind}_encode_gbs": num_bytes / median_ms(lambda: codec.encode_into(rows, None, wire), rounds) / 1e6,
-        f"{name}_{kind}_decode_gbs": num_bytes / median_ms(lambda: codec.decode(wire, out), rounds) / 1e6,
+        f"{name}_{kind}_encode_gbs": num_bytes / time_of(lambda: codec.encode_into(rows, None, wire), rounds) / 1e6,
+        f"{name}_{kind}_decode_gbs": num_bytes / time_of(lambda: codec.decode(wire, out), rounds) / 1e6,
     }
 
 
@@ -104,15 +138,23 @@ def main() -> None:
     rounds = 10 if options.quick else 50
     copy = copy_rate((1 << 28) if options.quick else (2 << 30))
     figures: dict[str, float] = {"copy_gbs": copy / 1e9}
-    print(f"{torch.cuda.get_device_name()}: copy {copy / 1e9:.0f} GB/s read and written; medians of {rounds}")
+    print(f"{torch.cuda.get_device_name()}: copy {copy / 1e9:.0f} GB/s read and written; medians of {rounds} x {CALLS}")
     shapes = [shape.smaller() for shape in SHAPES] if options.quick else SHAPES
     for shape in shapes:
         figures |= measure_shape(shape, copy, rounds)
     for name in compressor_names():
         for dtype in (torch.float32, torch.bfloat16):
-            figures |= measure_codec(name, rounds, dtype)
+            if name != "lossless" or dtype is torch.bfloat16:
+                figures |= measure_codec(name, rounds, dtype)
     for name, value in figures.items():
         print(f"{name:45} {value:10.3f}")
+    for shape in shapes:
+        beside = [
+            f"{name} {figures[f'{shape.name}_{name}_roofline']:.2f}"
+            for name in PEERS
+            if f"{shape.name}_{name}_roofline" in figures
+        ]
+        print(f"{shape.name}: shares of the copy rate of peers: {', '.join(beside)}")
     for what in ("permute", "combine"):
         worst = min(figures[f"{shape.name}_{what}_roofline"] for shape in shapes)
         print(f"RESULT {what}_roofline={worst:.3f}")

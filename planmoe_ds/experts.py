@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from planmoe_ds.grouped import GroupedExperts
+from planmoe_ds.grouped import GroupedExperts, GroupedGraph
 from planmoe_ds.plan import ExpertLayout
 
 
@@ -28,6 +28,9 @@ class Experts(Protocol):
 
     def run(self, buffer: torch.Tensor, layout: ExpertLayout, weights: torch.Tensor | None) -> torch.Tensor:
         """Buffer [rows, H] in `layout`, weights [rows] or None -> outputs [rows, H] in the same places."""
+
+    def run_grouped(self, buffer: torch.Tensor, layout: ExpertLayout, *, keep: bool) -> GroupedGraph | None:
+        """The same where all experts run as one, without autograd's help; None where run() has to."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,15 @@ class LocalExperts:
         if layout.padded_shape is not None:
             output = self.padded(buffer.reshape(*layout.padded_shape, buffer.shape[-1]))
             return _checked(output, buffer.shape[0], buffer.shape[1], self.modules[0])
-        if self.grouped is not None and layout.ends is not None and self.grouped.can_run(buffer):
-            return self.grouped.run(buffer, layout.ends)
         pieces = buffer.split(list(layout.rows_of_expert))
         outputs = [_run_one(module, rows) for module, rows in zip(self.modules, pieces, strict=True)]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def run_grouped(self, buffer: torch.Tensor, layout: ExpertLayout, *, keep: bool) -> GroupedGraph | None:
+        """The same as grouped GEMMs, if the experts, their device and the layout allow it."""
+        if self.grouped is None or layout.ends is None or not self.grouped.can_run(buffer):
+            return None
+        return self.grouped.run(buffer, layout.ends, keep=keep)
 
 
 def _run_one(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ class ExpertGraph:
         of_leaves, grads = found_grads[: len(self.leaves)], found_grads[len(self.leaves) :]
         self.waiting = [pair for pair in zip(linears, grads[: len(linears)], strict=True) if pair[1] is not None]
         for place, found in zip(now, grads[len(linears) :], strict=True):
-            totals[place] = _add(totals[place], found)
+            totals[place] = add_gradients(totals[place], found)
         return self._leaf_gradients(of_leaves)
 
     def _leaf_gradients(self, found: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -72,11 +72,12 @@ class ExpertGraph:
             inputs = [parameters[place] for place in linear.parameters]
             grads = torch.autograd.grad(linear.output, inputs, grad, allow_unused=True, retain_graph=keep)
             for place, found in zip(linear.parameters, grads, strict=True):
-                totals[place] = _add(totals[place], found)
+                totals[place] = add_gradients(totals[place], found)
         self.waiting = []
 
 
-def _add(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
+def add_gradients(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
+    """Their sum; None stands for zero."""
     if total is None or grad is None:
         return grad if total is None else total
     return total + grad

@@ -18,6 +18,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from planmoe_ds.gradients import Totals, add_gradients
+
 _ACTIVATIONS = (nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Mish)
 _FUNCTIONS = (functional.gelu, functional.silu, functional.relu, torch.relu, torch.tanh, torch.sigmoid)
 _ALIGNMENT = 8  # bf16 values: sixteen bytes
@@ -83,14 +85,87 @@ class GroupedExperts:
             for weight in first
         ) and not _is_watched(self.modules[0])
 
-    def run(self, buffer: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Buffer [R, H], the experts' rows one after the other up to ends [L] -> outputs [R, H]; differentiable.
+    def run(self, buffer: torch.Tensor, ends: torch.Tensor, *, keep: bool) -> GroupedGraph:
+        """Buffer [R, H], the experts' rows one after the other up to ends [L]; keep: a backward will follow."""
+        ends = ends.to(torch.int32)
+        with torch.no_grad():
+            weights = [self._stacked(name) for name in self.names]
+            leaves = []
+            for name, weight in zip(self.names[:-1], weights, strict=False):
+                values = grouped_mm(buffer, weight.transpose(1, 2), ends)
+                leaves.append(_add_bias(values, self.biases(name), ends))
+        with torch.set_grad_enabled(keep):
+            leaves = [leaf.requires_grad_(keep) for leaf in leaves]
+            hidden = self.activation(leaves[0])
+            hidden = hidden if len(leaves) == 1 else hidden * leaves[1]
+        output = grouped_mm(hidden.detach(), weights[-1].transpose(1, 2), ends)
+        output = _add_bias(output, self.biases(self.names[-1]), ends)
+        return GroupedGraph(self, buffer, ends, leaves, hidden, weights, output)
 
-        The gradients of the buffer and of the parameters may be asked for one after the other.
-        """
-        # Nodes of their own, so that a backward can see which of the two it runs for.
-        rows, weights = buffer.view_as(buffer), _Given.apply(*self.parameters)  # type: ignore[no-untyped-call]
-        return _Grouped.apply(rows, self, ends.to(torch.int32), *weights)  # type: ignore[no-untyped-call]
+    def _stacked(self, name: str) -> torch.Tensor:
+        """The weights of a projection, [L, ...], looked up again where they have moved."""
+        weights = self.weights(name)
+        places = [weight.data_ptr() for weight in weights]
+        if self._views.get(name, (None, None))[0] != places:
+            view = _in_place(weights)
+            if view is None:
+                return stacked(weights)
+            self._views[name] = (places, view)
+        return self._views[name][1]
+
+    @cached_property
+    def _views(self) -> dict[str, tuple[list[int], torch.Tensor]]:
+        return {}
+
+
+@dataclass
+class GroupedGraph:
+    """One run, and its backward in two parts: what gradients.ExpertGraph is for experts that autograd runs back.
+
+    leaves: what the activation, and the gate, saw; hidden: with the graph from them; weights: one per projection.
+    """
+
+    experts: GroupedExperts
+    buffer: torch.Tensor
+    ends: torch.Tensor
+    leaves: list[torch.Tensor]
+    hidden: torch.Tensor
+    weights: list[torch.Tensor]
+    output: torch.Tensor
+    waiting: list[torch.Tensor] | None = None  # gradients of the leaves, then of the output
+
+    def input_gradient(
+        self, grad: torch.Tensor, parameters: Sequence[torch.Tensor], totals: Totals, *, split: bool, keep: bool
+    ) -> tuple[torch.Tensor, None]:
+        """The buffer's gradient; adds the parameters' to `totals` unless `split`. keep: another backward follows."""
+        grad = grad.to(self.output.dtype).contiguous()
+        grad_hidden = grouped_mm(grad, self.weights[-1], self.ends)
+        grad_leaves = list(torch.autograd.grad(self.hidden, self.leaves, grad_hidden, retain_graph=keep))
+        total = None
+        for weight, grad_leaf in zip(self.weights, grad_leaves, strict=False):
+            part = grouped_mm(grad_leaf, weight, self.ends)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        self.waiting = [*grad_leaves, grad]
+        if not split:
+            self.weight_gradients(parameters, totals, keep=keep)
+        return total, None
+
+    def weight_gradients(self, _parameters: Sequence[torch.Tensor], totals: Totals, *, keep: bool) -> None:
+        """Add what input_gradient() left for later, in the order of GroupedExperts.parameters."""
+        del keep  # nothing is freed here that another backward needs
+        assert self.waiting is not None
+        inputs = [self.buffer] * len(self.leaves) + [self.hidden.detach()]
+        place = 0
+        for name, rows, grad in zip(self.experts.names, inputs, self.waiting, strict=True):
+            found = list(grouped_outer(grad, rows, self.ends).unbind())
+            if self.experts.biases(name) is not None:
+                ones = rows.new_ones((rows.shape[0], _ALIGNMENT))
+                found += grouped_outer(ones, grad, self.ends)[:, 0].contiguous().unbind()
+            for gradient in found:
+                totals[place] = add_gradients(totals[place], gradient)
+                place += 1
+        self.waiting = None
 
 
 def recognise(modules: Sequence[nn.Module]) -> GroupedExperts | None:
@@ -257,94 +332,3 @@ def _add_bias(rows: torch.Tensor, biases: Sequence[torch.Tensor] | None, ends: t
         return rows
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
     return rows.add_(torch.repeat_interleave(stacked(biases), counts, dim=0, output_size=rows.shape[0]))
-
-
-@dataclass
-class _Saved:
-    """What one forward leaves for its backward; the last two come from the gradient of the buffer."""
-
-    buffer: torch.Tensor
-    leaves: list[torch.Tensor]  # what the activation, and the gate, saw
-    hidden: torch.Tensor  # with the graph from `leaves`
-    weights: list[torch.Tensor]  # stacked, one per projection
-    grad_output: torch.Tensor | None = None
-    grad_leaves: list[torch.Tensor] | None = None
-
-
-class _Given(torch.autograd.Function):
-    """Parameters as they are."""
-
-    @staticmethod
-    def forward(_, *parameters):  # type: ignore[no-untyped-def]
-        return tuple(parameter.view_as(parameter) for parameter in parameters)
-
-    @staticmethod
-    def backward(_, *grads):  # type: ignore[no-untyped-def]
-        return grads
-
-
-class _Grouped(torch.autograd.Function):
-    """buffer [R, H] -> outputs [R, H]."""
-
-    @staticmethod
-    def forward(ctx, buffer, experts: GroupedExperts, ends, *parameters):  # type: ignore[no-untyped-def]
-        buffer = buffer.detach()
-        names = experts.names
-        weights = [stacked(experts.weights(name)) for name in names]
-        leaves = []
-        for name, weight in zip(names[:-1], weights, strict=False):
-            values = grouped_mm(buffer, weight.transpose(1, 2), ends)
-            leaves.append(_add_bias(values, experts.biases(name), ends))
-        with torch.enable_grad():
-            leaves = [leaf.requires_grad_() for leaf in leaves]
-            hidden = experts.activation(leaves[0])
-            hidden = hidden if len(leaves) == 1 else hidden * leaves[1]
-        output = grouped_mm(hidden.detach(), weights[-1].transpose(1, 2), ends)
-        ctx.saved, ctx.experts = _Saved(buffer, leaves, hidden, weights), experts
-        ctx.save_for_backward(ends, *parameters)
-        return _add_bias(output, experts.biases(names[-1]), ends)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        ends, *_ = ctx.saved_tensors
-        wants_rows, _, wants_weights, *_ = [_is_wanted(edge) for edge in ctx.next_functions[:3]]
-        experts, saved = ctx.experts, ctx.saved
-        grad_buffer = None
-        if saved.grad_output is None or wants_rows:
-            grad_buffer = _data_gradients(saved, grad.contiguous(), ends, wants_rows)
-        grads: list[torch.Tensor | None] = [None] * (len(ctx.next_functions) - 2)
-        if wants_weights:
-            grads = _weight_gradients(experts, saved, ends)
-            saved.grad_output = saved.grad_leaves = None
-        return grad_buffer, None, None, *grads
-
-
-def _is_wanted(edge: tuple[Any, int]) -> bool:
-    """Whether the backward now running asks for the gradient of an input with this edge."""
-    return edge[0] is not None and torch._C._will_engine_execute_node(edge[0])
-
-
-def _data_gradients(saved: _Saved, grad: torch.Tensor, ends: torch.Tensor, wanted: bool) -> torch.Tensor | None:
-    grad_hidden = grouped_mm(grad, saved.weights[-1], ends)
-    grad_leaves = list(torch.autograd.grad(saved.hidden, saved.leaves, grad_hidden, retain_graph=True))
-    saved.grad_output, saved.grad_leaves = grad, grad_leaves
-    if not wanted:
-        return None
-    total = None
-    for weight, grad_leaf in zip(saved.weights, grad_leaves, strict=False):
-        part = grouped_mm(grad_leaf, weight, ends)
-        total = part if total is None else total.add_(part)
-    return total
-
-
-def _weight_gradients(experts: GroupedExperts, saved: _Saved, ends: torch.Tensor) -> list[torch.Tensor | None]:
-    assert saved.grad_output is not None
-    assert saved.grad_leaves is not None
-    grads: list[torch.Tensor | None] = []
-    inputs = [saved.buffer] * len(saved.leaves) + [saved.hidden.detach()]
-    for name, rows, grad in zip(experts.names, inputs, [*saved.grad_leaves, saved.grad_output], strict=True):
-        grads += grouped_outer(grad, rows, ends).unbind()
-        if experts.biases(name) is not None:
-            ones = rows.new_ones((rows.shape[0], _ALIGNMENT))
-            grads += grouped_outer(ones, grad, ends)[:, 0].contiguous().unbind()
-    return grads

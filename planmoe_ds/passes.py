@@ -19,6 +19,7 @@ from planmoe_ds.executor import Order, Steps, run_tasks
 from planmoe_ds.experts import Experts, check_no_foreign_leaves
 from planmoe_ds.gradients import ExpertGraph, Totals, linear_calls, splittable, used_once
 from planmoe_ds.group import ExpertGroup, SidedArrival, Sides
+from planmoe_ds.grouped import GroupedGraph
 from planmoe_ds.guard import Meter
 from planmoe_ds.headers import pass_phase
 from planmoe_ds.plan import ChunkPlan, RoutingPlan
@@ -79,7 +80,7 @@ class LayerCall:
 class ChunkGraph:
     """What backward needs of one chunk: the experts' graph, and which rows feed its leaf."""
 
-    experts: ExpertGraph
+    experts: ExpertGraph | GroupedGraph
     spreads: Spreads
 
 
@@ -222,9 +223,12 @@ class ForwardPass(Pass):
             self.graphs[index] = ChunkGraph(graph, self.spreads[index])
         return graph.output.detach().contiguous()
 
-    def _run_experts(self, index: int, buffer: torch.Tensor) -> ExpertGraph:
+    def _run_experts(self, index: int, buffer: torch.Tensor) -> ExpertGraph | GroupedGraph:
         """With a graph if a backward will follow, from `buffer` and the routes' weights on."""
         call, layout = self.call, self.call.plan.chunks[index].layout
+        grouped = call.experts.run_grouped(buffer, layout, keep=call.keep_graph)
+        if grouped is not None:
+            return grouped
         weights = self.route_weights.pop(index, None)
         leaves = (buffer,) if weights is None else (buffer, weights)
         if not call.keep_graph:

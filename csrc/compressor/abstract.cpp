@@ -65,6 +65,15 @@ void AbstractCompressor::decode(const at::Tensor& wire, at::Tensor out, const st
   unpack(*this, wire, out, index);
 }
 
+void AbstractCompressor::encode_tensor_into(const at::Tensor& rows, at::ScalarType dtype,
+                                            const at::Tensor& wire) const {
+  wire.copy_(encode_tensor(rows, dtype));
+}
+
+void AbstractCompressor::decode_tensor_into(const at::Tensor& wire, const at::Tensor& out) const {
+  out.copy_(decode_tensor(wire, out.size(1), out.scalar_type()));
+}
+
 at::Tensor RowCodec::encode_tensor(const at::Tensor& rows, at::ScalarType dtype) const {
   if (!rows.device().is_cpu()) return encode_on_device(rows, dtype);
   auto wire = at::empty({rows.size(0), row_bytes(rows.size(1), dtype)}, rows.options().dtype(at::kByte));

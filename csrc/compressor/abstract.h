@@ -52,6 +52,10 @@ class AbstractCompressor {
   // [N, H] of float32 or `dtype`. wire [N, row_bytes] is contiguous.
   virtual at::Tensor encode_tensor(const at::Tensor& rows, at::ScalarType dtype) const = 0;
   virtual at::Tensor decode_tensor(const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) const = 0;
+
+  // The same into tensors that exist, contiguous where whole rows lie one after the other.
+  virtual void encode_tensor_into(const at::Tensor& rows, at::ScalarType dtype, const at::Tensor& wire) const;
+  virtual void decode_tensor_into(const at::Tensor& wire, const at::Tensor& out) const;
 };
 
 // A codec whose CPU side works row by row on float32 values, which planmoe fuses with gathering, weighting and summing.

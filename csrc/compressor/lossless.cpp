@@ -20,6 +20,7 @@
 #include <atomic>
 #include <vector>
 
+#include "../kernels/device.h"
 #include "../kernels/parallel.h"
 #include "abstract.h"
 
@@ -31,6 +32,7 @@ class LosslessCompressor final : public RowCodec {
   int64_t row_bytes(int64_t hidden, at::ScalarType /*dtype*/) const override { return lossless::row_bytes(hidden); }
   bool lossless() const override { return true; }
   bool may_refuse() const override { return true; }
+  std::string device_kernels() const override { return "lossless"; }
 
   void check_dtype(at::ScalarType dtype) const override {
     TORCH_CHECK_VALUE(dtype == at::kBFloat16, "lossless takes bfloat16 rows, got ", dtype,
@@ -39,6 +41,7 @@ class LosslessCompressor final : public RowCodec {
 
   bool fits(const at::Tensor& rows) const override {
     check_dtype(rows.scalar_type());
+    if (const auto* kernels = planmoe::device_kernels(rows)) return kernels->fits_lossless(rows.contiguous());
     const auto on_host = rows.cpu().contiguous();
     const auto hidden = rows.size(1);
     const auto* values = on_host.const_data_ptr<at::BFloat16>();

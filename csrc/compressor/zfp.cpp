@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "../kernels/device.h"
 #include "abstract.h"
 
 namespace planmoe {
@@ -61,8 +62,44 @@ class ZfpCompressor final : public RowCodec {
     if (row != values) std::copy(row, row + hidden, values);
   }
 
+  void encode_tensor_into(const at::Tensor& rows, at::ScalarType dtype, const at::Tensor& wire) const override {
+    const auto* kernels = planmoe::device_kernels(rows);
+    if (kernels == nullptr || !wire.is_contiguous()) return RowCodec::encode_tensor_into(rows, dtype, wire);
+    kernels->encode_zfp(with_padding(rows), options_.rate, wire);
+  }
+
+  void decode_tensor_into(const at::Tensor& wire, const at::Tensor& out) const override {
+    const auto* kernels = planmoe::device_kernels(wire);
+    if (kernels == nullptr || !out.is_contiguous() || padded(out.size(1)) != out.size(1))
+      return RowCodec::decode_tensor_into(wire, out);
+    kernels->decode_zfp(wire, options_.rate, out);
+  }
+
+ protected:
+  at::Tensor encode_on_device(const at::Tensor& rows, at::ScalarType dtype) const override {
+    const auto* kernels = planmoe::device_kernels(rows);
+    if (kernels == nullptr) return RowCodec::encode_on_device(rows, dtype);
+    auto wire = at::empty({rows.size(0), row_bytes(rows.size(1), dtype)}, rows.options().dtype(at::kByte));
+    kernels->encode_zfp(with_padding(rows), options_.rate, wire);
+    return wire;
+  }
+
+  at::Tensor decode_on_device(const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) const override {
+    const auto* kernels = planmoe::device_kernels(wire);
+    if (kernels == nullptr) return RowCodec::decode_on_device(wire, hidden, dtype);
+    auto rows = at::empty({wire.size(0), padded(hidden)}, wire.options().dtype(dtype));
+    kernels->decode_zfp(wire, options_.rate, rows);
+    return padded(hidden) == hidden ? rows : rows.narrow(1, 0, hidden).contiguous();
+  }
+
  private:
   static int64_t padded(int64_t hidden) { return (hidden + 3) / 4 * 4; }
+  // The last value repeated up to a multiple of four.
+  static at::Tensor with_padding(const at::Tensor& rows) {
+    const int64_t hidden = rows.size(1), missing = padded(hidden) - hidden;
+    if (missing == 0) return rows;
+    return at::cat({rows, rows.narrow(1, hidden - 1, 1).expand({rows.size(0), missing})}, 1);
+  }
   static zfp::Rows one_row(int64_t width) { return {1, static_cast<size_t>(width), zfp::DataType::kFloat32}; }
 
   static float* scratch(int64_t width) {

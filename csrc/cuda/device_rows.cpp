@@ -104,28 +104,28 @@ void DeviceRows::add(const AbstractCompressor& codec, const at::Tensor& wire, at
   run(codec, &RowKernels::add, dtype, sum, arguments_of(wire, sum, index));
 }
 
-void DeviceRows::spread(const AbstractCompressor& codec, const at::Tensor& wire, const Spread& spread, bool weighted,
-                        const at::Tensor& out) const {
+void DeviceRows::spread(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
+                        const Spread& spread, bool weighted, const at::Tensor& out) const {
   auto arguments = arguments_of(wire, out);
   add_entries(arguments, spread, weighted, out);
-  run(codec, &RowKernels::spread, out.scalar_type(), out, arguments);
+  run(codec, &RowKernels::spread, dtype, out, arguments);
 }
 
 void DeviceRows::fold(const AbstractCompressor& codec, const at::Tensor& rows, const Spread& spread, bool weighted,
-                      const at::Tensor& wire) const {
+                      at::ScalarType dtype, const at::Tensor& wire) const {
   auto arguments = arguments_of(wire, rows);
   add_entries(arguments, spread, weighted, rows);
-  run(codec, &RowKernels::fold, rows.scalar_type(), rows, arguments);
+  run(codec, &RowKernels::fold, dtype, rows, arguments);
 }
 
-void DeviceRows::dot(const AbstractCompressor& codec, const at::Tensor& wire, const Spread& spread,
-                     const at::Tensor& rows, const at::Tensor& result) const {
+void DeviceRows::dot(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
+                     const Spread& spread, const at::Tensor& rows, const at::Tensor& result) const {
   auto arguments = arguments_of(wire, rows);
   add_entries(arguments, spread, /*weighted=*/false, rows);
   arguments.route = numbers<int64_t>("route", spread.route, rows);
   arguments.dots = result.mutable_data_ptr<float>();
   arguments.top_k = result.size(1);
-  run(codec, &RowKernels::dot, rows.scalar_type(), rows, arguments);
+  run(codec, &RowKernels::dot, dtype, rows, arguments);
 }
 
 void DeviceRows::sum(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
@@ -141,6 +141,20 @@ void DeviceRows::sum(const AbstractCompressor& codec, const at::Tensor& wire, at
     arguments.base = numbers<float>("base", *base, out);
   }
   run(codec, &RowKernels::sum, dtype, out, arguments);
+}
+
+bool DeviceRows::fits_lossless(const at::Tensor& rows) const {
+  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.is_contiguous() && rows.scalar_type() == at::kBFloat16,
+                    "rows must be contiguous bfloat16 [rows, hidden], got ", rows.scalar_type(), " ", rows.sizes());
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const auto refused = at::zeros({1}, rows.options().dtype(at::kInt));
+  RowArguments arguments;
+  arguments.rows = rows.data_ptr();
+  arguments.num_rows = rows.size(0);
+  arguments.hidden = rows.size(1);
+  arguments.refused = refused.data_ptr<int32_t>();
+  check_launch(check_lossless(arguments, c10::cuda::getCurrentCUDAStream(rows.device().index()).stream()));
+  return refused.item<int32_t>() == 0;
 }
 
 void DeviceRows::gather(const at::Tensor& from, const at::Tensor& index, const at::Tensor& to) const {

@@ -21,14 +21,17 @@ class DeviceRows : public DeviceKernels {
               const std::optional<at::Tensor>& index) const final;
   void add(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
            const std::optional<at::Tensor>& index, const at::Tensor& sum) const final;
-  void spread(const AbstractCompressor& codec, const at::Tensor& wire, const Spread& spread, bool weighted,
-              const at::Tensor& out) const final;
+  void spread(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype, const Spread& spread,
+              bool weighted, const at::Tensor& out) const final;
   void fold(const AbstractCompressor& codec, const at::Tensor& rows, const Spread& spread, bool weighted,
-            const at::Tensor& wire) const final;
-  void dot(const AbstractCompressor& codec, const at::Tensor& wire, const Spread& spread, const at::Tensor& rows,
-           const at::Tensor& result) const final;
+            at::ScalarType dtype, const at::Tensor& wire) const final;
+  void dot(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype, const Spread& spread,
+           const at::Tensor& rows, const at::Tensor& result) const final;
   void sum(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype, const at::Tensor& returns,
            const std::optional<at::Tensor>& base, const at::Tensor& out) const final;
+  bool fits_lossless(const at::Tensor& rows) const final;
+  void encode_zfp(const at::Tensor& rows, double rate, const at::Tensor& wire) const final;
+  void decode_zfp(const at::Tensor& wire, double rate, const at::Tensor& rows) const final;
   void gather(const at::Tensor& from, const at::Tensor& index, const at::Tensor& to) const final;
 };
 

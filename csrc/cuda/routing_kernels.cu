@@ -445,7 +445,7 @@ cudaError_t launch_lists(const ListArguments& a, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(a.num_chunks));
   const auto lists = static_cast<size_t>(a.num_lists) * sizeof(int32_t);
   const int64_t num_counts = a.counts.message == nullptr ? 0 : Counts::size(a);
-  const bool shared_counts = num_counts <= kMostSharedCounts - kWarps * a.num_lists;
+  const bool shared_counts = num_counts > 0 && num_counts <= kMostSharedCounts - kWarps * a.num_lists;
   count_lists<<<grid, kThreads, lists, stream>>>(a, tiles);
   add_up<<<1, kScanThreads, 0, stream>>>(a.first, cells);
   place_lists<<<grid, kThreads, kWarps * lists + (shared_counts ? num_counts : 0) * sizeof(int32_t), stream>>>(

@@ -29,6 +29,7 @@ struct RowArguments {
   const int32_t* returns = nullptr;  // [num_rows, num_slots] wire rows; a negative one ends the row
   int64_t num_slots = 0;
   const float* base = nullptr;  // [num_rows, H] that sums start from; nullptr: 0
+  int32_t* refused = nullptr;   // becomes 1 where a row cannot be carried
 };
 
 using RowLaunch = cudaError_t (*)(const RowArguments&, cudaStream_t stream);
@@ -43,6 +44,9 @@ struct RowKernels {
   RowLaunch dot[kNumScalars] = {};     // dots[i, route[e]] = decode(wire[i]) . rows[target[e]], other places 0
   RowLaunch sum[kNumScalars] = {};     // rows[t] = base[t] + sum of decode(wire[returns[t, s]]) over s
 };
+
+// Whether `lossless` can carry bfloat16 rows: sets rows.refused; reads num_rows, rows and hidden.
+cudaError_t check_lossless(const RowArguments& rows, cudaStream_t stream);
 
 // nullptr where a codec has no kernels for wires of this dtype.
 const RowKernels* find_row_kernels(const std::string& codec, Scalar dtype);

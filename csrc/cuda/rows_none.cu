@@ -11,14 +11,15 @@ struct Plain {
   static constexpr int kLaneValues = 16 / sizeof(Stored);
   static constexpr int kUnroll = 4;
   static constexpr int kWireBytes = 16;
+  static constexpr bool kWholeRows = false;
 
   static __device__ __forceinline__ void decode(const WireRow& wire, int64_t unit, Value (&values)[kLaneValues]) {
-    load_values(reinterpret_cast<const Stored*>(wire.bytes), (unit * kWarp + wire.lane) * kLaneValues, wire.hidden,
+    load_values(reinterpret_cast<const Stored*>(wire.bytes), (unit * kWarp + wire.lane) * kLaneValues, wire.count(),
                 wire.aligned, values);
   }
 
   static __device__ __forceinline__ void encode(const WireRow& wire, int64_t unit, const Value (&values)[kLaneValues]) {
-    store_values(reinterpret_cast<Stored*>(wire.bytes), (unit * kWarp + wire.lane) * kLaneValues, wire.hidden,
+    store_values(reinterpret_cast<Stored*>(wire.bytes), (unit * kWarp + wire.lane) * kLaneValues, wire.count(),
                  wire.aligned, values);
   }
 };
@@ -51,6 +52,15 @@ cudaError_t launch_unpack_bits(const RowArguments& rows, cudaStream_t stream) {
   });
 }
 
+// Rows of two bytes from and to float32: what codecs of whole tensors decode to and encode.
+template <class Row>
+void add_wide(RowKernels& kernels) {
+  using Codec = Plain<float, float>;
+  kernels.spread[kScalarOf<Row>] = launch_spread<Codec, Row>;
+  kernels.fold[kScalarOf<Row>] = launch_fold<Codec, Row>;
+  kernels.dot[kScalarOf<Row>] = launch_dot<Codec, Row>;
+}
+
 template <class Stored, class Bits>
 bool add_plain(Scalar dtype) {
   using Codec = Plain<Stored, float>;
@@ -66,6 +76,10 @@ bool add_plain(Scalar dtype) {
   kernels.fold[kOwn] = launch_fold<Codec, Stored>;
   kernels.dot[kOwn] = launch_dot<Codec, Stored>;
   kernels.sum[kOwn] = launch_sum<Codec, Stored>;
+  if constexpr (kOwn == 0) {
+    add_wide<__half>(kernels);
+    add_wide<__nv_bfloat16>(kernels);
+  }
   return add_row_kernels("none", dtype, kernels);
 }
 

@@ -28,10 +28,28 @@ struct Scale {
   float inverse;
 };
 
-__device__ __forceinline__ Scale scale_to(unsigned largest, float most) {
-  if (largest < kTiny) return {0.0f, 0.0f};
-  const float scale = __fdiv_rn(__uint_as_float(largest), most);
-  return {scale, __fdiv_rn(1.0f, scale)};
+// 1 / value rounded to nearest without a branch, for normal results: Newton's iteration ends there from either neighbour
+// of the result for all 2^23 fractions but the one of ones only (tried on every one).
+__device__ __forceinline__ float exact_inverse(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) result = __fmaf_rn(__fmaf_rn(-value, result, 1.0f), result, result);
+  const unsigned bits = __float_as_uint(value);
+  const float of_ones = __uint_as_float(((253u - (bits >> 23)) << 23) | 1u);
+  return (bits & 0x7FFFFFu) == 0x7FFFFFu ? of_ones : result;
+}
+
+// largest / kMost rounded to nearest, and its inverse. One correction of the product is enough for 127 and 448 (tried on
+// every fraction).
+template <int kMost>
+__device__ __forceinline__ Scale scale_to(unsigned largest) {
+  static_assert(kMost == 127 || kMost == 448);
+  constexpr float kInverse = 1.0f / kMost;
+  const float value = __uint_as_float(largest), guess = __fmul_rn(value, kInverse);
+  const float scale = __fmaf_rn(__fmaf_rn(-guess, static_cast<float>(kMost), value), kInverse, guess);
+  const float inverse = exact_inverse(scale);
+  return {largest < kTiny ? 0.0f : scale, largest < kTiny ? 0.0f : inverse};
 }
 
 __device__ __forceinline__ char4 int8_codes(const float (&values)[4], float inverse) {
@@ -67,12 +85,9 @@ __device__ __forceinline__ void hadamard(float (&values)[4], int lane) {
   values[3] = b - d;
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
-    const bool high = (lane & step) != 0;
+    const float sign = (lane & step) != 0 ? -1.0f : 1.0f;  // a product with it is exact
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float other = __shfl_xor_sync(kAllLanes, values[i], step);
-      values[i] = high ? other - values[i] : values[i] + other;
-    }
+    for (int i = 0; i < 4; ++i) values[i] = __fmaf_rn(values[i], sign, __shfl_xor_sync(kAllLanes, values[i], step));
   }
 }
 
@@ -83,7 +98,8 @@ __device__ __forceinline__ float to_coefficients(const float (&values)[4], int64
   const unsigned exponent = min(largest >> 23, 253u);
   const float factor = __uint_as_float((254u - exponent) << 23);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) coefficients[i] = 4 * lane + i < count ? values[i] * factor * sign_of(lane, i) : 0.0f;
+  for (int i = 0; i < 4; ++i)
+    coefficients[i] = count == kAlways || 4 * lane + i < count ? values[i] * factor * sign_of(lane, i) : 0.0f;
   hadamard(coefficients, lane);
   return __uint_as_float(exponent << 23);
 }
@@ -105,9 +121,13 @@ struct Scaled {
   static constexpr int kLaneValues = 4;
   static constexpr int kUnroll = 4;
   static constexpr int kWireBytes = 4;
+  static constexpr bool kWholeRows = false;
 
   static __device__ __forceinline__ int64_t column(const WireRow& wire, int64_t unit) {
     return unit * kBlock + 4 * wire.lane;
+  }
+  static __device__ __forceinline__ int64_t left_of(const WireRow& wire, int64_t unit) {
+    return wire.full ? kAlways : wire.hidden - unit * kBlock;
   }
   // Codes of a byte per value, padded to four, then scales.
   static __device__ __forceinline__ uint8_t* scale_at(const WireRow& wire, int64_t unit) {
@@ -119,7 +139,7 @@ struct Int8 : Scaled {
   static __device__ __forceinline__ void decode(const WireRow& wire, int64_t unit, float (&values)[4]) {
     const float scale = load_bytes<float>(scale_at(wire, unit), wire.aligned);
     char4 codes{0, 0, 0, 0};
-    if (column(wire, unit) < wire.hidden) codes = load_bytes<char4>(wire.bytes + column(wire, unit), wire.aligned);
+    if (column(wire, unit) < wire.count()) codes = load_bytes<char4>(wire.bytes + column(wire, unit), wire.aligned);
     from_int8(codes, values);
 #pragma unroll
     for (float& value : values) value = __fmul_rn(value, scale);
@@ -128,10 +148,11 @@ struct Int8 : Scaled {
   static __device__ __forceinline__ void encode(const WireRow& wire, int64_t unit, const float (&values)[4]) {
     const unsigned largest = largest_of(values);
     const bool finite = largest < kInfinity;
-    const Scale scale = scale_to(finite ? largest : 0, 127.0f);
+    const Scale scale = scale_to<127>(finite ? largest : 0);
     if (wire.lane == 0) store_bytes(scale_at(wire, unit), wire.aligned, finite ? scale.scale : quiet_nan());
-    const char4 codes = finite ? int8_codes(values, scale.inverse) : char4{0, 0, 0, 0};
-    if (column(wire, unit) < wire.hidden) store_bytes(wire.bytes + column(wire, unit), wire.aligned, codes);
+    const char4 codes = int8_codes(values, scale.inverse);
+    if (column(wire, unit) < wire.count())
+      store_bytes(wire.bytes + column(wire, unit), wire.aligned, finite ? codes : char4{0, 0, 0, 0});
   }
 };
 
@@ -139,7 +160,7 @@ struct Fp8 : Scaled {
   static __device__ __forceinline__ void decode(const WireRow& wire, int64_t unit, float (&values)[4]) {
     const float scale = load_bytes<float>(scale_at(wire, unit), wire.aligned);
     unsigned codes = 0;
-    if (column(wire, unit) < wire.hidden) codes = load_bytes<unsigned>(wire.bytes + column(wire, unit), wire.aligned);
+    if (column(wire, unit) < wire.count()) codes = load_bytes<unsigned>(wire.bytes + column(wire, unit), wire.aligned);
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       const auto half = static_cast<__nv_fp8x2_storage_t>(codes >> (16 * pair));
@@ -152,7 +173,7 @@ struct Fp8 : Scaled {
   static __device__ __forceinline__ void encode(const WireRow& wire, int64_t unit, const float (&values)[4]) {
     const unsigned largest = largest_of(values);
     const bool finite = largest < kInfinity;
-    const Scale scale = scale_to(finite ? largest : 0, 448.0f);
+    const Scale scale = scale_to<448>(finite ? largest : 0);
     if (wire.lane == 0) store_bytes(scale_at(wire, unit), wire.aligned, finite ? scale.scale : quiet_nan());
     unsigned codes = 0;
 #pragma unroll
@@ -160,7 +181,7 @@ struct Fp8 : Scaled {
       const float2 both{values[2 * pair] * scale.inverse, values[2 * pair + 1] * scale.inverse};
       codes = codes << 16 | __nv_cvt_float2_to_fp8x2(both, __NV_SATFINITE, __NV_E4M3);
     }
-    if (column(wire, unit) < wire.hidden)
+    if (column(wire, unit) < wire.count())
       store_bytes(wire.bytes + column(wire, unit), wire.aligned, finite ? codes : 0u);
   }
 };
@@ -178,18 +199,15 @@ struct HadamardInt8 : Scaled {
 
   static __device__ __forceinline__ void encode(const WireRow& wire, int64_t unit, const float (&values)[4]) {
     const unsigned largest = largest_of(values);
-    const bool coded = largest >= kTiny && largest < kInfinity;  // the same for all lanes
-    float scale = largest < kTiny ? 0.0f : quiet_nan();
-    char4 codes{0, 0, 0, 0};
-    if (coded) {
-      float coefficients[4];
-      const float unit_scale = to_coefficients(values, wire.hidden - unit * kBlock, largest, wire.lane, coefficients);
-      const Scale found = scale_to(largest_of(coefficients), 127.0f);
-      codes = int8_codes(coefficients, found.inverse);
-      scale = found.scale * (1.0f / kBlock) * unit_scale;
-    }
-    if (wire.lane == 0) store_bytes(scale_at(wire, unit), wire.aligned, scale);
-    store_bytes(wire.bytes + column(wire, unit), wire.aligned, codes);
+    const bool coded = largest >= kTiny && largest < kInfinity;  // the same for all lanes; others are coded for nothing
+    float coefficients[4];
+    const float unit_scale = to_coefficients(values, left_of(wire, unit), largest, wire.lane, coefficients);
+    const Scale found = scale_to<127>(largest_of(coefficients));
+    const char4 codes = int8_codes(coefficients, found.inverse);
+    const float scale = found.scale * (1.0f / kBlock) * unit_scale;
+    const float other = largest < kTiny ? 0.0f : quiet_nan();
+    if (wire.lane == 0) store_bytes(scale_at(wire, unit), wire.aligned, coded ? scale : other);
+    store_bytes(wire.bytes + column(wire, unit), wire.aligned, coded ? codes : char4{0, 0, 0, 0});
   }
 };
 
@@ -249,19 +267,19 @@ struct Int4 : Scaled {
 
   static __device__ __forceinline__ void encode(const WireRow& wire, int64_t unit, const float (&values)[4]) {
     const unsigned largest = largest_of(values);
-    uint16_t scale = largest < kTiny ? 0 : 0x7FC0;
+    const bool coded = largest >= kTiny && largest < kInfinity;  // the same for all lanes; others are coded for nothing
+    float coefficients[4];
+    const float unit_scale = to_coefficients(values, left_of(wire, unit), largest, wire.lane, coefficients);
+    const float rms = __bfloat162float(__float2bfloat16_rn(root_mean_square(coefficients, wire.lane)));
+    const float inverse = exact_inverse(rms);
     unsigned codes = 0;
-    if (largest >= kTiny && largest < kInfinity) {  // the same for all lanes
-      float coefficients[4];
-      const float unit_scale = to_coefficients(values, wire.hidden - unit * kBlock, largest, wire.lane, coefficients);
-      const float rms = __bfloat162float(__float2bfloat16_rn(root_mean_square(coefficients, wire.lane)));
-      const float inverse = __fdiv_rn(1.0f, rms);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) codes |= code_of(__fmul_rn(coefficients[i], inverse)) << (8 * i);
-      scale = __bfloat16_as_ushort(__float2bfloat16_rn(rms * (1.0f / kBlock) * unit_scale));
-    }
+    for (int i = 0; i < 4; ++i) codes |= code_of(__fmul_rn(coefficients[i], inverse)) << (8 * i);
+    codes = coded ? codes : 0u;
+    const uint16_t scale = __bfloat16_as_ushort(__float2bfloat16_rn(rms * (1.0f / kBlock) * unit_scale));
+    const uint16_t other = largest < kTiny ? 0 : 0x7FC0;
     codes |= __shfl_down_sync(kAllLanes, codes, 16) << 4;
-    if (wire.lane == 0) store_bytes(scale_at(wire, unit), wire.aligned, scale);
+    if (wire.lane == 0) store_bytes(scale_at(wire, unit), wire.aligned, coded ? scale : other);
     if (wire.lane < 16) store_bytes(wire.bytes + kBlock / 2 * unit + 4 * wire.lane, wire.aligned, codes);
   }
 };

@@ -10,6 +10,7 @@ namespace planmoe::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr int64_t kAlways = INT64_MAX;  // as the number of columns: no column needs a comparison
 
 __device__ __forceinline__ void convert(float from, float& to) { to = from; }
 __device__ __forceinline__ void convert(__half from, float& to) { to = __half2float(from); }
@@ -85,7 +86,7 @@ __device__ __forceinline__ void load_values(const Stored* row, int64_t column, i
                                             Value (&values)[kCount]) {
   using Pack = Several<Stored, kCount>;
   using Chunk = typename Pack::Chunk;
-  if (aligned && column + kCount <= count) {
+  if (aligned && (count == kAlways || column + kCount <= count)) {
     Pack pack;
 #pragma unroll
     for (int c = 0; c < Pack::kChunks; ++c)
@@ -106,13 +107,13 @@ __device__ __forceinline__ void store_values(Stored* row, int64_t column, int64_
                                              const Value (&values)[kCount]) {
   using Pack = Several<Stored, kCount>;
   using Chunk = typename Pack::Chunk;
-  if (aligned && column + kCount <= count) {
+  if (aligned && (count == kAlways || column + kCount <= count)) {
     Pack pack;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) convert(values[i], pack.value[i]);
 #pragma unroll
-    for (int c = 0; c < Pack::kChunks; ++c)
-      reinterpret_cast<Chunk*>(row + column)[c] = reinterpret_cast<const Chunk*>(&pack)[c];
+    for (int c = 0; c < Pack::kChunks; ++c)  // not by assignment, which may become several smaller stores
+      __stwb(reinterpret_cast<Chunk*>(row + column) + c, reinterpret_cast<const Chunk*>(&pack)[c]);
     return;
   }
 #pragma unroll

@@ -28,14 +28,19 @@ class DeviceKernels {
                       const std::optional<at::Tensor>& index) const = 0;
   virtual void add(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
                    const std::optional<at::Tensor>& index, const at::Tensor& sum) const = 0;
-  virtual void spread(const AbstractCompressor& codec, const at::Tensor& wire, const Spread& spread, bool weighted,
-                      const at::Tensor& out) const = 0;
+  virtual void spread(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
+                      const Spread& spread, bool weighted, const at::Tensor& out) const = 0;
   virtual void fold(const AbstractCompressor& codec, const at::Tensor& rows, const Spread& spread, bool weighted,
-                    const at::Tensor& wire) const = 0;
-  virtual void dot(const AbstractCompressor& codec, const at::Tensor& wire, const Spread& spread,
+                    at::ScalarType dtype, const at::Tensor& wire) const = 0;
+  virtual void dot(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype, const Spread& spread,
                    const at::Tensor& rows, const at::Tensor& result) const = 0;
   virtual void sum(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
                    const at::Tensor& returns, const std::optional<at::Tensor>& base, const at::Tensor& out) const = 0;
+  // Whether lossless can carry bfloat16 rows; the host waits for the answer.
+  virtual bool fits_lossless(const at::Tensor& rows) const = 0;
+  // zfp of whole rows, [N, H], H a multiple of 4 -> uint8 [N, row_bytes] and back, all contiguous.
+  virtual void encode_zfp(const at::Tensor& rows, double rate, const at::Tensor& wire) const = 0;
+  virtual void decode_zfp(const at::Tensor& wire, double rate, const at::Tensor& rows) const = 0;
   virtual void gather(const at::Tensor& from, const at::Tensor& index, const at::Tensor& to) const = 0;
 
   virtual OrderedTokens order_tokens(const OrderRequest& request, const at::Tensor& tables, const CountLayout& layout,

@@ -119,6 +119,18 @@ const DeviceKernels* kernels_for(const AbstractCompressor& codec, const at::Tens
   return kernels && kernels->covers(codec, rows.scalar_type(), dtype) ? kernels : nullptr;
 }
 
+// The device's kernels that take float32 rows to and from `rows`, for codecs that only know whole tensors.
+const DeviceKernels* wide_kernels(const at::Tensor& rows) {
+  return rows.scalar_type() == at::kDouble ? nullptr : device_kernels(rows);
+}
+
+const AbstractCompressor& plain() {
+  static const auto codec = make_compressor("none");
+  return *codec;
+}
+
+at::Tensor wide_bytes(const at::Tensor& values) { return values.to(at::kFloat).contiguous().view(at::kByte); }
+
 // Both ends of a wire as the tensor path needs them.
 at::Tensor decoded(const AbstractCompressor& codec, const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) {
   const auto bytes = codec.row_bytes(hidden, dtype);
@@ -128,7 +140,7 @@ at::Tensor decoded(const AbstractCompressor& codec, const at::Tensor& wire, int6
 
 void put_encoded(const AbstractCompressor& codec, const at::Tensor& rows, at::ScalarType dtype, at::Tensor& wire) {
   if (rows.size(0) == 0) return;
-  wire.narrow(1, 0, codec.row_bytes(rows.size(1), dtype)).copy_(codec.encode_tensor(rows.contiguous(), dtype));
+  codec.encode_tensor_into(rows.contiguous(), dtype, wire.narrow(1, 0, codec.row_bytes(rows.size(1), dtype)));
 }
 
 }  // namespace
@@ -164,11 +176,9 @@ void unpack(const AbstractCompressor& codec, const at::Tensor& wire, at::Tensor 
   const auto dtype = out.scalar_type();
   if (const auto* kernels = kernels_for(codec, out, dtype)) return kernels->unpack(codec, wire, out, index);
   if (!by_rows(codec, out)) {
-    auto rows = decoded(codec, wire, hidden, dtype).to(dtype);
-    if (index)
-      out.index_copy_(0, *index, rows);
-    else
-      out.copy_(rows);
+    if (!index && wire.size(0) > 0)
+      return codec.decode_tensor_into(wire.narrow(1, 0, codec.row_bytes(hidden, dtype)).contiguous(), out);
+    if (index) out.index_copy_(0, *index, decoded(codec, wire, hidden, dtype).to(dtype));
     return;
   }
   const int64_t* to = places(index);
@@ -218,9 +228,13 @@ void spread_rows(const AbstractCompressor& codec, const at::Tensor& wire, const 
                  at::Tensor out) {
   const int64_t hidden = out.size(1);
   const auto dtype = out.scalar_type();
-  if (const auto* kernels = kernels_for(codec, out, dtype)) return kernels->spread(codec, wire, spread, weighted, out);
+  if (const auto* kernels = kernels_for(codec, out, dtype))
+    return kernels->spread(codec, wire, dtype, spread, weighted, out);
   if (!by_rows(codec, out)) {
-    auto rows = decoded(codec, wire, hidden, dtype).index_select(0, spread.source);
+    const auto values = decoded(codec, wire, hidden, dtype);
+    if (const auto* kernels = wide_kernels(out))
+      return kernels->spread(plain(), wide_bytes(values), at::kFloat, spread, weighted, out);
+    auto rows = values.index_select(0, spread.source);
     if (weighted) rows = rows.to(wide(dtype)) * spread.weight.unsqueeze(1);
     out.index_copy_(0, spread.target, rows.to(dtype));
     return;
@@ -255,7 +269,13 @@ void fold_rows(const AbstractCompressor& codec, const at::Tensor& rows, const Sp
                at::Tensor wire) {
   const int64_t hidden = rows.size(1);
   const auto dtype = rows.scalar_type();
-  if (const auto* kernels = kernels_for(codec, rows, dtype)) return kernels->fold(codec, rows, spread, weighted, wire);
+  if (const auto* kernels = kernels_for(codec, rows, dtype))
+    return kernels->fold(codec, rows, spread, weighted, dtype, wire);
+  if (const auto* kernels = by_rows(codec, rows) ? nullptr : wide_kernels(rows)) {
+    const auto sums = at::empty({wire.size(0), hidden}, rows.options().dtype(at::kFloat));
+    kernels->fold(plain(), rows, spread, weighted, at::kFloat, sums.view(at::kByte));
+    return put_encoded(codec, sums, dtype, wire);
+  }
   if (!by_rows(codec, rows)) {
     auto picked = rows.index_select(0, spread.target).to(wide(dtype));
     if (weighted) picked = picked * spread.weight.unsqueeze(1);
@@ -294,7 +314,12 @@ at::Tensor dot_rows(const AbstractCompressor& codec, const at::Tensor& wire, con
   const auto dtype = rows.scalar_type();
   if (const auto* kernels = kernels_for(codec, rows, dtype)) {
     auto dots = at::empty({wire.size(0), top_k}, rows.options().dtype(at::kFloat));
-    kernels->dot(codec, wire, spread, rows, dots);
+    kernels->dot(codec, wire, dtype, spread, rows, dots);
+    return dots;
+  }
+  if (const auto* kernels = by_rows(codec, rows) ? nullptr : wide_kernels(rows)) {
+    auto dots = at::empty({wire.size(0), top_k}, rows.options().dtype(at::kFloat));
+    kernels->dot(plain(), wide_bytes(decoded(codec, wire, hidden, dtype)), at::kFloat, spread, rows, dots);
     return dots;
   }
   auto result = at::zeros({wire.size(0), top_k}, rows.options().dtype(wide(dtype)));

@@ -68,6 +68,10 @@ class MegatronExperts:
             raise PlanMoEError(f"{type(self.module).__name__} returned a bias apart, which no MoE layer can add")
         return output
 
+    def run_grouped(self, *_: object, keep: bool) -> None:
+        """Megatron's own classes group what can be grouped."""
+        del keep
+
 
 @dataclass(frozen=True)
 class _Call:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from planmoe_ds.grouped import recognise, share_storage
+from planmoe_ds.grouped import GroupedExperts, recognise, share_storage
 
 
 class SwiGlu(nn.Module):
@@ -40,17 +40,21 @@ KINDS = {"gelu": lambda: gelu(False), "gelu with biases": lambda: gelu(True), "s
 COUNTS = [7, 0, 33, 1, 0]
 
 
-def gradients(
-    modules: list[nn.Module], rows: torch.Tensor, output: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    probe = torch.sin(torch.arange(output.numel(), device=output.device)).reshape(output.shape).to(output.dtype)
-    found = torch.autograd.grad(output, [rows, *parameters], probe, allow_unused=True)
-    zeros = [
-        torch.zeros_like(parameter) if grad is None else grad
-        for grad, parameter in zip(found[1:], parameters, strict=True)
-    ]
-    return found[0], zeros
+def probe_of(output: torch.Tensor) -> torch.Tensor:
+    return torch.sin(torch.arange(output.numel(), device=output.device)).reshape(output.shape).to(output.dtype)
+
+
+def run(grouped: GroupedExperts, rows: torch.Tensor, *, split: bool) -> list[torch.Tensor]:
+    """Output, gradient of the rows, gradients of the parameters in their own order."""
+    graph = grouped.run(rows, torch.tensor(COUNTS, device=rows.device).cumsum(0), keep=True)
+    totals: list[torch.Tensor | None] = [None] * len(grouped.parameters)
+    grad, _ = graph.input_gradient(probe_of(graph.output), grouped.parameters, totals, split=split, keep=False)
+    if split:
+        assert totals == [None] * len(totals)
+        graph.weight_gradients(grouped.parameters, totals, keep=False)
+    found = [total for total in totals if total is not None]
+    assert len(found) == len(totals)
+    return [graph.output, grad, *found]
 
 
 def check(kind: str, device: str, dtype: torch.dtype, rounding: float, shared: bool) -> None:
@@ -63,17 +67,23 @@ def check(kind: str, device: str, dtype: torch.dtype, rounding: float, shared: b
         assert all(old is new for old, new in zip(before, (p for m in modules for p in m.parameters()), strict=True))
     grouped = recognise(modules)
     assert grouped is not None
-    rows = torch.randn(sum(COUNTS), 64, device=device, dtype=dtype).requires_grad_()
-    wide = rows.detach().double().requires_grad_()
+    rows = torch.randn(sum(COUNTS), 64, device=device, dtype=dtype)
+    wide = rows.double().requires_grad_()
     expected = torch.cat([module(part) for module, part in zip(doubles, wide.split(COUNTS), strict=True)])
-    output = grouped.run(rows, torch.tensor(COUNTS, device=device).cumsum(0))
-    pairs = [(output, expected)]
-    got, want = gradients(modules, rows, output), gradients(doubles, wide, expected)
-    pairs += [(got[0], want[0]), *zip(got[1], want[1], strict=True)]
-    for mine, theirs in pairs:
-        assert mine.shape == theirs.shape
+    copies = dict(
+        zip(
+            map(id, (p for m in modules for p in m.parameters())),
+            (p for m in doubles for p in m.parameters()),
+            strict=True,
+        )
+    )
+    inputs = [wide, *(copies[id(parameter)] for parameter in grouped.parameters)]
+    wanted = torch.autograd.grad(expected, inputs, probe_of(expected), allow_unused=True)
+    for mine, theirs in zip(run(grouped, rows, split=False), [expected, *wanted], strict=True):
+        reference = torch.zeros_like(mine).double() if theirs is None else theirs
+        assert mine.shape == reference.shape
         assert mine.dtype == dtype
-        assert (mine.double() - theirs).norm() <= rounding * theirs.norm() + 1e-12
+        assert (mine.double() - reference).norm() <= rounding * reference.norm() + 1e-12
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,17 +100,43 @@ def test_on_the_gpu(kind: str, shared: bool) -> None:
 
 
 def test_data_and_weight_gradients_apart() -> None:
-    modules = [gelu(True) for _ in COUNTS]
+    grouped = recognise([gelu(True) for _ in COUNTS])
+    assert grouped is not None
+    rows = torch.randn(sum(COUNTS), 64)
+    for mine, theirs in zip(run(grouped, rows, split=True), run(grouped, rows, split=False), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_second_backward_finds_the_same() -> None:
+    grouped = recognise([gelu(True) for _ in COUNTS])
+    assert grouped is not None
+    rows, ends = torch.randn(sum(COUNTS), 64), torch.tensor(COUNTS).cumsum(0)
+    graph = grouped.run(rows, ends, keep=True)
+    found = []
+    for keep in (True, False):
+        totals: list[torch.Tensor | None] = [None] * len(grouped.parameters)
+        grad, _ = graph.input_gradient(torch.ones_like(rows), grouped.parameters, totals, split=False, keep=keep)
+        found.append([grad, *totals])
+    for first, second in zip(*found, strict=True):
+        assert first is not None
+        assert second is not None
+        assert torch.equal(first, second)
+
+
+def test_weights_that_move_are_found_again() -> None:
+    modules = [gelu(False) for _ in COUNTS]
+    share_storage(modules)
     grouped = recognise(modules)
     assert grouped is not None
-    rows = torch.randn(sum(COUNTS), 64).requires_grad_()
-    output = grouped.run(rows, torch.tensor(COUNTS).cumsum(0))
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    together = torch.autograd.grad(output, [rows, *parameters], torch.ones_like(output), retain_graph=True)
-    first = torch.autograd.grad(output, [rows], torch.ones_like(output), retain_graph=True)
-    rest = torch.autograd.grad(output, parameters, torch.ones_like(output))
-    for mine, theirs in zip([*first, *rest], together, strict=True):
-        assert torch.equal(mine, theirs)
+    rows = torch.randn(sum(COUNTS), 64)
+    before = run(grouped, rows, split=False)[0]
+    moved = [(parameter.data * 2).clone() for parameter in grouped.parameters]
+    for parameter, values in zip(grouped.parameters, moved, strict=True):
+        parameter.data = values
+    expected = torch.cat([module(part) for module, part in zip(modules, rows.split(COUNTS), strict=True)])
+    after = run(grouped, rows, split=False)[0]
+    assert torch.allclose(after, expected, atol=1e-5)
+    assert not torch.allclose(after, before)
 
 
 def test_what_is_not_recognised() -> None:

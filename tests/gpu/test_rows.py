@@ -138,6 +138,72 @@ def test_not_finite_values_stay_so(dtype: torch.dtype) -> None:
         assert torch.isfinite(out[0]).all()
 
 
+@pytest.mark.parametrize("hidden", [1, 3, 127, 128, 129, 1000, 2048])
+@pytest.mark.parametrize("extra", [0, 16])
+def test_lossless_is_the_cpus(hidden: int, extra: int) -> None:
+    codec = make_compressor("lossless")
+    rows = normal(60, hidden, torch.bfloat16)
+    rows[10:20, ::50] *= 1e6
+    rows[20:30] = rows[20:30].clamp(min=0)
+    rows[31, hidden // 2], rows[32, 0] = float("inf"), 1e-40
+    assert codec.fits(rows)
+    assert codec.fits(rows.cuda())
+    index = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:50]
+    width = codec.row_bytes(hidden, torch.bfloat16)
+    padded = width + extra + -(width + extra) % 16
+    wires = {device: torch.full((50, padded), 0xAB, dtype=torch.uint8, device=device) for device in ("cpu", "cuda")}
+    for device, wire in wires.items():
+        codec.encode_into(rows.to(device), index.to(device), wire)
+    assert torch.equal(wires["cuda"].cpu(), wires["cpu"])
+    out = torch.zeros_like(rows, device="cuda")
+    codec.decode(wires["cuda"], out, index.cuda())
+    assert torch.equal(out.cpu()[index].view(torch.int16), rows[index].view(torch.int16))
+    expert = random_routes(50, 3, 8)
+    plan = spread_of(expert, 4, [20, 0, 30], "cuda")
+    buffer = torch.zeros(plan.target.numel(), hidden, dtype=torch.bfloat16, device="cuda")
+    spread_rows(codec, wires["cuda"], plan, False, buffer)
+    expected = rows[index][plan.source.cpu()]
+    assert torch.equal(buffer.cpu()[plan.target.cpu()].view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("hidden", [128, 200, 8192])
+def test_lossless_rows_that_cannot_be_carried_are_not_finite(hidden: int) -> None:
+    bits = torch.randint(-(1 << 15), 1 << 15, (40, hidden), generator=torch.Generator().manual_seed(1))
+    rows = bits.to(torch.int16).view(torch.bfloat16)
+    rows[:20] = normal(20, hidden, torch.bfloat16)
+    codec = make_compressor("lossless")
+    assert not codec.fits(rows.cuda())
+    out = torch.zeros_like(rows, device="cuda")
+    codec.decode(codec.encode(rows.cuda()), out)
+    assert torch.equal(out[:20].cpu(), rows[:20])
+    assert not torch.isfinite(out[20:]).any()
+
+
+@dtypes
+@pytest.mark.parametrize("name", ["zfp", "zfp:4", "zfp:12.5"])
+@pytest.mark.parametrize("hidden", [3, 16, 1000, 2048])
+def test_zfp_stays_on_the_card(name: str, hidden: int, dtype: torch.dtype) -> None:
+    codec, rows = make_compressor(name), normal(50, hidden, dtype)
+    index = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    wire = codec.encode(rows.cuda(), index.cuda())
+    assert torch.equal(wire.cpu(), codec.encode(rows, index))
+    weights = torch.rand(50, 3)
+    plans = {device: spread_of(random_routes(50, 3, 8), 4, [20, 0, 30], device, weights) for device in ("cpu", "cuda")}
+    entries = plans["cpu"].target.numel()
+    results = {}
+    for device, plan in plans.items():
+        buffer = torch.zeros(entries, hidden, dtype=dtype, device=device)
+        spread_rows(codec, wire.to(device), plan, True, buffer)
+        values = normal(entries, hidden, dtype, 3).to(device)
+        folded = torch.zeros(50, codec.row_bytes(hidden, dtype), dtype=torch.uint8, device=device)
+        fold_rows(codec, values, plan, True, folded)
+        sums = torch.zeros(50, hidden, dtype=dtype, device=device)
+        codec.decode(folded, sums)
+        results[device] = [buffer, sums, dot_rows(codec, wire.to(device), plan, values, 3)]
+    for got, expected in zip(results["cuda"], results["cpu"], strict=True):
+        close(got, expected, 2 * ROUNDING[dtype] + (1e-3 if dtype is torch.float32 else 0.0))
+
+
 def test_more_than_two_to_the_31_values() -> None:
     rows, hidden = (1 << 20) + 3, 2049
     if torch.cuda.mem_get_info()[0] < 12 * rows * hidden:

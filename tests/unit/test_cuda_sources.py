@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
+SOURCES = sorted([*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "zfp" / "src").glob("*.cu")])
 
 
 def architectures() -> list[str]:
