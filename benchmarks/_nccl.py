@@ -1,0 +1,70 @@
+"""Ranks over NCCL for benchmarks: on one host, or as emulated hosts with TCP sockets between them.
+
+Ranks share the GPUs where there are fewer: NCCL must then be 2.30 or newer, with NCCL_MULTI_RANK_GPU_ENABLE=1, and what
+the ranks compute takes turns on the card.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch(num_ranks: int) -> int:
+    """Run this program again as `num_ranks` ranks; the exit code."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    ranks = f"--nproc_per_node={num_ranks}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *sys.argv]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def start(hosts: int) -> torch.device:
+    """Join the group; NCCL takes the ranks for processes of `hosts` hosts. This rank's device."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if size % hosts:
+        sys.exit(f"{size} ranks cannot be divided among {hosts} hosts")
+    if hosts > 1:
+        os.environ["NCCL_HOSTID"] = f"host{rank // (size // hosts)}"
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    number = rank % torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(number)  # DeepSpeed takes it for the device
+    torch.cuda.set_device(number)
+    dist.init_process_group("nccl", timeout=timedelta(minutes=3))
+    return torch.device("cuda", number)
+
+
+def drop_groups() -> None:
+    """Destroy all process groups but the world's: each holds memory of the card."""
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def median_ms(call: Callable[[], object], rounds: int, warm_up: int = 2) -> float:
+    """Milliseconds of the slowest rank, each round begun together."""
+    times = []
+    for round_number in range(warm_up + rounds):
+        dist.barrier()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        slowest = torch.tensor(begin.elapsed_time(end), device="cuda")
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        if round_number >= warm_up:
+            times.append(float(slowest))
+    return statistics.median(times)

@@ -1,0 +1,173 @@
+"""A MoE layer of DeepSpeed over NCCL, forward and backward: stock against planmoe.
+
+    python -m benchmarks.layer_nccl [--ranks 4] [--hosts 2] [--shapes T,H,F,E,K …] [--quick] [--json FILE]
+
+bf16, capacity factor 1.25, GELU experts of two matrices, the same router for all. "without all-to-all" is stock with
+its all-to-alls left out: the bound that no dispatch can beat. Milliseconds of the slowest rank, medians; one variant
+after the other. Where ranks share a card (see benchmarks/_nccl.py) their computing takes turns on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks._nccl import drop_groups, launch, median_ms, start
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHAPES = ["2048,1024,4096,8,2", "4096,2048,1408,64,8"]
+STOCK, BOUND = "stock DeepSpeed", "without all-to-all (bound)"
+SAME = {"exactness": "reordered"}  # the same mathematics, sums in another order
+VARIANTS: dict[str, dict[str, Any]] = {
+    "planmoe pipe": {**SAME, "comm": "pipe", "chunks": 1},
+    "planmoe dedup": {**SAME, "comm": "dedup", "chunks": 1},
+    "planmoe dedup, 2 chunks": {**SAME, "comm": "dedup", "chunks": 2, "scheduler": "optimal"},
+    "planmoe dedup, hadamard_int8": {"comm": "dedup", "chunks": 1, "compression": "hadamard_int8"},
+    "planmoe dedup, hadamard_int8, 2 chunks": {
+        "comm": "dedup", "chunks": 2, "scheduler": "optimal", "compression": "hadamard_int8",
+    },
+}  # fmt: skip
+
+
+def make_layer(shape: list[int], device: torch.device) -> Any:
+    """deepspeed.moe.layer.MoE over all ranks."""
+    from deepspeed.moe.layer import MoE
+
+    _, hidden, width, experts, top_k = shape
+    torch.manual_seed(0)
+    expert = nn.Sequential(nn.Linear(hidden, width, bias=False), nn.GELU(), nn.Linear(width, hidden, bias=False))
+    size = dist.get_world_size()
+    layer = MoE(
+        hidden, expert, num_experts=experts, ep_size=size, k=top_k, capacity_factor=1.25, min_capacity=4,
+        use_rts=False, top2_2nd_expert_sampling=False,
+    )  # fmt: skip
+    layer.set_deepspeed_parallelism()
+    return layer.to(device, torch.bfloat16)
+
+
+@contextmanager
+def without_all_to_all(active: bool) -> Iterator[None]:
+    """Stock's all-to-all becomes the identity: the same computing, wrong tokens."""
+    from deepspeed.moe import sharded_moe
+
+    original = sharded_moe._AllToAll
+    if active:
+        sharded_moe._AllToAll = type("Identity", (), {"apply": staticmethod(lambda _group, rows: rows.contiguous())})
+    try:
+        yield
+    finally:
+        sharded_moe._AllToAll = original
+
+
+def measure(shape: list[int], variant: str, hosts: int, rounds: int, device: torch.device) -> dict[str, float]:
+    """One variant's time, and what a rank sends, with and without the network between hosts."""
+    import planmoe_ds
+
+    layer = make_layer(shape, device)
+    session = None
+    if variant in VARIANTS:
+        section = VARIANTS[variant]
+        session = planmoe_ds.activate(
+            nn.ModuleList([layer]), {**section, "ranks_per_node": dist.get_world_size() // hosts}
+        )
+    torch.manual_seed(1 + dist.get_rank())
+    tokens = torch.randn(1, shape[0], shape[1], device=device, dtype=torch.bfloat16).requires_grad_()
+    probe = torch.randn_like(tokens)
+
+    def step() -> None:
+        tokens.grad = None
+        for parameter in layer.parameters():
+            parameter.grad = None
+        output, balance, _ = layer(tokens)
+        torch.autograd.backward([output, balance], [probe, torch.ones_like(balance)])
+
+    warm_up = 9 if VARIANTS.get(variant, {}).get("scheduler") else 2  # the scheduler learns from its first calls
+    with without_all_to_all(variant == BOUND):
+        time = median_ms(step, rounds, warm_up)
+    figures = {"ms": time, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if session is not None:
+        session.recorder.take()
+        step()
+        taken = session.recorder.take()
+        figures |= {"sent_mb": taken.bytes_sent / 1e6, "stock_mb": taken.stock_bytes / 1e6}
+    return figures
+
+
+def forget_groups() -> None:
+    """Those of the last variant: each holds memory of the card."""
+    from deepspeed.utils import groups
+
+    drop_groups()
+    groups._EXPERT_PARALLEL_GROUP.clear()
+    groups._EXPERT_DATA_PARALLEL_GROUP.clear()
+    groups._WORLD_GROUP = None
+
+
+def main() -> None:
+    """Launch the ranks, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--hosts", type=int, default=1, help="emulated hosts; TCP sockets between them")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens per rank, hidden, width, experts, top-k")
+    parser.add_argument("--only", default="", help="variants whose names hold one of these words, between slashes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one small shape, few rounds")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    if "RANK" not in os.environ:
+        sys.exit(launch(options.ranks))
+    device = start(options.hosts)
+    import deepspeed
+
+    deepspeed.init_distributed("nccl")
+    shapes, rounds = (["512,256,512,8,2"], 2) if options.quick else (options.shapes, options.rounds)
+    chosen = [name for name in VARIANTS if any(word in name for word in options.only.split("/"))]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    speaks = dist.get_rank() == 0
+    if speaks:
+        cards = min(torch.cuda.device_count(), dist.get_world_size())
+        print(
+            f"{dist.get_world_size()} ranks as {options.hosts} hosts on {cards} x {torch.cuda.get_device_name()}, "
+            f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        )
+    for text in shapes:
+        shape = [int(number) for number in text.split(",")]
+        rows = found[text] = {}
+        for variant in (STOCK, BOUND, *chosen):
+            torch.cuda.reset_peak_memory_stats()
+            rows[variant] = measure(shape, variant, options.hosts, rounds, device)
+            forget_groups()
+            if speaks:
+                row, stock = rows[variant], rows[STOCK]["ms"]
+                sent = f"{row['sent_mb']:8.1f} MB of stock's {row['stock_mb']:.1f}" if "sent_mb" in row else ""
+                print(f"{text:22} {variant:40} {row['ms']:9.2f} ms {stock / row['ms']:6.2f}x {sent}", flush=True)
+    if speaks:
+        report(found, options)
+    dist.destroy_process_group()
+
+
+def report(found: dict[str, dict[str, dict[str, float]]], options: argparse.Namespace) -> None:
+    """The RESULT lines: the best with stock's mathematics and the best with 8-bit codecs, of the last shape."""
+    for text, rows in found.items():
+        shape = f"top{text.rsplit(',', 1)[1]}"
+        for label, coded in ((f"nccl_layer_speedup_{shape}", False), (f"nccl_layer_speedup_{shape}_8bit", True)):
+            times = [row["ms"] for name, row in rows.items() if name in VARIANTS and ("int8" in name) is coded]
+            if times:
+                print(f"RESULT {label}={rows[STOCK]['ms'] / min(times):.3f}")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"ranks": options.ranks, "hosts": options.hosts, "shapes": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
