@@ -27,7 +27,9 @@ from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, RowTrip, plan_row_trip
 
 NO_ROUTE = -1  # expert index of a route that the router dropped
-PIECE_BYTES = 1 << 17  # messages between nodes are not cut into smaller pieces than this
+# Messages between nodes are not cut into smaller pieces than this. On accelerators every piece costs launches.
+PIECE_BYTES = 1 << 17
+DEVICE_PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,7 @@ def _agree_on_device(
 
 
 def _order_settings(num_experts: int, group: ExpertGroup, request: PlanRequest) -> dict[str, Any]:
+    piece_bytes = PIECE_BYTES if group.comm.device.type == "cpu" else DEVICE_PIECE_BYTES
     return {
         "num_experts": num_experts,
         "num_chunks": request.num_chunks,
@@ -256,7 +259,7 @@ def _order_settings(num_experts: int, group: ExpertGroup, request: PlanRequest) 
         "node_of_rank": group.comm.node_of_rank,
         "first_hop": group.comm.first_hops,
         "num_pieces": group.comm.num_pieces,
-        "rows_per_piece": max(1, PIECE_BYTES // request.row_bytes),
+        "rows_per_piece": max(1, piece_bytes // request.row_bytes),
     }
 
 
