@@ -17,7 +17,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from planmoe_ds.choose import TIE, LayerTraffic, predict
+from planmoe_ds.choose import SERIAL_COMMS, TIE, LayerTraffic, predict
 from planmoe_ds.costs import ClusterCosts, LinkCost
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.scheduling import ChunkCosts, ExchangeCosts, Schedule, layer_graph, solve, timetable
@@ -193,7 +193,7 @@ def _exchange(model: ModelShape, costs: ClusterCosts, topology: Topology, featur
         0.0 if cost is None else cost.seconds(rows_per_token * tokens * row_bytes)
         for cost, rows_per_token in ((costs.intra, found.intra_rows), (costs.inter, found.inter_rows))
     ]
-    serial = features.comm == "hierarchical"
+    serial = features.comm in SERIAL_COMMS
     shortest = sum(legs) if serial else max(legs)
     return ExchangeCosts(legs[0], legs[1], serial, max(0.0, found.seconds - shortest))
 

@@ -17,6 +17,7 @@ from planmoe_ds.costs import ClusterCosts, LinkCost
 from planmoe_ds.topology import LinkClass, Topology
 
 TIE = 0.03  # predictions this close are equal: the simpler all-to-all is taken
+SERIAL_COMMS = ("hierarchical",)  # whose legs inside nodes and between them follow each other
 
 
 @dataclass(frozen=True, kw_only=True)

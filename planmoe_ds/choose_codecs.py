@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from planmoe_ds.backend import make_compressor
-from planmoe_ds.choose import TIE, LayerTraffic, predict
+from planmoe_ds.choose import SERIAL_COMMS, TIE, LayerTraffic, predict
 from planmoe_ds.compression import AUTO, NONE, CompressionConfig
 from planmoe_ds.config import PlanMoEConfig
 from planmoe_ds.costs import ClusterCosts, LinkCost
@@ -24,7 +24,6 @@ from planmoe_ds.topology import Topology
 CANDIDATE = "hadamard_int8"
 _MEASURED_BYTES = 1 << 22
 _REPEATS = 5
-_ONE_AFTER_ANOTHER = "hierarchical"  # the all-to-all whose legs do not overlap
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class _Legs:
         per_row = traffic.tokens_per_rank * traffic.row_bytes
         self.intra_bytes, self.inter_bytes = rows.intra_rows * per_row, rows.inter_rows * per_row
         both = costs.intra_while_both is not None and self.intra_bytes > 0 and self.inter_bytes > 0
-        self.in_turn = comm == _ONE_AFTER_ANOTHER
+        self.in_turn = comm in SERIAL_COMMS
         busy = both and not self.in_turn
         self.intra = costs.intra_while_both if busy else costs.intra
         self.inter = costs.inter_while_both if busy else costs.inter

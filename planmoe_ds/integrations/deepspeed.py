@@ -26,6 +26,7 @@ from torch import nn
 
 from planmoe_ds import __version__
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
+from planmoe_ds.auto_planner import ChoiceLog, Planner
 from planmoe_ds.choose import LayerTraffic
 from planmoe_ds.choose_codecs import CodecChoice, resolve_compression
 from planmoe_ds.codecs import make_codecs
@@ -39,7 +40,6 @@ from planmoe_ds.grouped import share_storage
 from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.plan import Routes
-from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Recorder
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_rows
 
@@ -62,7 +62,7 @@ class Session:
     config: PlanMoEConfig
     num_layers: int
     recorder: Recorder
-    planners: tuple[LayerPlanner, ...] = ()
+    planners: tuple[Planner, ...] = ()
 
     def save_trace(self, path: str | Path) -> None:
         """Write what ran on this rank since recorder.start_trace(), and what was predicted, for `planmoe trace`."""
@@ -214,6 +214,7 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
             share_storage(list(layer.experts.deepspeed_experts))
     recorder = Recorder(device)
     compression = _compression(layers, config, connected, traffic, device)
+    log = ChoiceLog(speaks=dist.get_rank() == 0)
     for index, layer in enumerate(layers):
         chosen = compression[layer.ep_group_name].compression
         layer.__class__ = PlanMoELayer
@@ -224,6 +225,7 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
             codecs=make_codecs(chosen),
             recorder=recorder,
             guard=None if config.guard is None else QualityGuard(config.guard, chosen, index, recorder),
+            log=log,
         )
         layer.tensor_parallel = _split(connected, tensor_parallel_size)
     if dist.get_rank() == 0:
@@ -280,7 +282,7 @@ def _announcement(
     choices = [connected[layer.ep_group_name].choice for layer in layers]
     comm = " and ".join(sorted({choice.name if config.comm != AUTO else choice.reason for choice in choices}))
     return (
-        f"planmoe: active on {len(layers)} MoE layers: all-to-all {comm}, {config.chunks} chunks by "
-        f"{config.chunk_by.value}, {config.scheduler} order, {config.resolved_exactness.value}, compression ({names}), "
+        f"planmoe: active on {len(layers)} MoE layers: all-to-all {comm}, "
+        f"{config.describe_schedule()}, {config.resolved_exactness.value}, compression ({names}), "
         f"expert-parallel size {', '.join(map(str, sizes))}"
     )

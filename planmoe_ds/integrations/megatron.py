@@ -24,6 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
+from planmoe_ds.auto_planner import ChoiceLog
 from planmoe_ds.choose import LayerTraffic
 from planmoe_ds.choose_codecs import CodecChoice, resolve_compression
 from planmoe_ds.codecs import make_codecs
@@ -258,6 +259,11 @@ def _activate_layers(layers: list[MoELayer], config: PlanMoEConfig) -> Session:
     connected = connect(my_groups, config, device, traffic)
     recorder = Recorder(device)
     compression = _compression(layers, config, connected, traffic, device)
+    totals: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(totals, len(layers))
+    if not any(totals):
+        raise PlanMoEConfigError("planmoe is on, but the model has no MoE layer: give --num-experts, or leave it off")
+    log = ChoiceLog(speaks=dist.get_rank() == totals.index(max(totals)))
     for index, layer in enumerate(layers):
         dispatcher = layer.token_dispatcher
         chosen = compression[names[id(layer)]].compression
@@ -265,15 +271,12 @@ def _activate_layers(layers: list[MoELayer], config: PlanMoEConfig) -> Session:
             index=index, config=config, group=connected[names[id(layer)]], codecs=make_codecs(chosen),
             recorder=recorder,
             guard=None if config.guard is None else QualityGuard(config.guard, chosen, index, recorder),
+            log=log,
             place_of_source=_place_of_source(dispatcher.ep_size, dispatcher.tp_size),
         )  # fmt: skip
         dispatcher.__class__ = PlanMoEDispatcher
         layer.__class__ = PlanMoELayer
-    totals: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(totals, len(layers))
-    if not any(totals):
-        raise PlanMoEConfigError("planmoe is on, but the model has no MoE layer: give --num-experts, or leave it off")
-    if dist.get_rank() == totals.index(max(totals)):
+    if log.speaks:
         print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
     return Session(config, len(layers), recorder)
 
@@ -321,7 +324,7 @@ def _announcement(
     dispatcher = layers[0].token_dispatcher
     return (
         f"planmoe: active on {len(layers)} MoE layers of this pipeline stage: all-to-all {' and '.join(comm)}, "
-        f"{config.chunks} chunks by {config.chunk_by.value}, {config.resolved_exactness.value}, compression "
+        f"{config.describe_schedule()}, {config.resolved_exactness.value}, compression "
         f"({codecs}), expert-parallel size {dispatcher.ep_size}, expert-tensor-parallel size {dispatcher.tp_size}"
     )
 
