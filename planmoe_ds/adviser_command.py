@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from planmoe_ds.adviser import Advice, ClusterShape, ModelShape, advise, load_shape
+from planmoe_ds.adviser import Advice, advise
 from planmoe_ds.costs import ClusterCosts
 from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.shapes import ClusterShape, ModelShape, load_shape
 
 
 def run(model: Path, cluster: Path, links: Path | None, *, lossy: bool, as_json: bool) -> int:

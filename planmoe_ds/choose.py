@@ -17,6 +17,7 @@ from planmoe_ds.costs import ClusterCosts, LinkCost
 from planmoe_ds.topology import LinkClass, Topology
 
 TIE = 0.03  # predictions this close are equal: the simpler all-to-all is taken
+PIECE_BYTES = 1 << 17  # messages between nodes are not cut into smaller pieces than this
 SERIAL_COMMS = ("hierarchical",)  # whose legs inside nodes and between them follow each other
 
 
@@ -26,7 +27,7 @@ class LayerTraffic:
 
     `row_bytes`: of one token's row on the wire. `once_per_rank`: a token goes once to every rank that has an expert
     for it, instead of once for every expert; dedup always does so. `num_pieces`: into how many dedup cuts a message
-    between nodes, to pass the first ones on while the others arrive.
+    between nodes at most, to pass the first ones on while the others arrive.
     """
 
     tokens_per_rank: int
@@ -179,7 +180,7 @@ def _flat(wires: _Wires, rows: _Rows, overlap: float) -> Prediction:
 
 
 def _dedup(wires: _Wires, rows: _Rows) -> Prediction:
-    """One row per token and node over the rail, piece by piece, passed on while more arrive.
+    """One row per token and node over the rail, piece by piece (of PIECE_BYTES or more), passed on while more arrive.
 
     Every piece pays its start-ups. The slower leg counts, and one piece on the other: the inter leg's last piece still
     has to be passed on, the intra leg's first one has to arrive.
@@ -195,11 +196,13 @@ def _dedup(wires: _Wires, rows: _Rows) -> Prediction:
         return max(sent, rows.node_wanted[node] * rows.on_rail(node, index))
 
     intra, inter = rows.busiest(intra_rows), rows.busiest(inter_rows)
+    message_bytes = inter * rows.bytes_per_row / max(1, len(rows.ranks_on) - 1)
+    num_pieces = max(1, min(rows.num_pieces, math.ceil(message_bytes / PIECE_BYTES)))
     pieces = (
-        _seconds(wires.busy_intra, intra * rows.bytes_per_row / rows.num_pieces),
-        _seconds(wires.busy_inter, inter * rows.bytes_per_row / rows.num_pieces),
+        _seconds(wires.busy_intra, intra * rows.bytes_per_row / num_pieces),
+        _seconds(wires.busy_inter, inter * rows.bytes_per_row / num_pieces),
     )
-    return Prediction(rows.num_pieces * max(pieces) + min(pieces), intra, inter)
+    return Prediction(num_pieces * max(pieces) + min(pieces), intra, inter)
 
 
 def _hierarchical(wires: _Wires, rows: _Rows) -> Prediction:

@@ -58,7 +58,8 @@ def choose_schedule(
     for num_chunks in sorted(candidates):
         costs = costs_at(trials, num_chunks)
         for name in _orders(num_chunks) if scheduler is None else (scheduler,):
-            seconds[num_chunks, name] = sum(predict_pass(chunks, name, max_in_flight) for chunks in costs.passes())
+            passes = [schedule_pass(chunks, name, max_in_flight) for chunks in costs.passes()]
+            seconds[num_chunks, name] = sum(schedule.makespan for schedule in passes)
     limit = min(seconds.values()) * (1 + TIE)
     chosen = next(option for option, predicted in seconds.items() if predicted <= limit)
     return ScheduleChoice(*chosen, _why(chosen, seconds), seconds)
@@ -69,13 +70,12 @@ def _orders(num_chunks: int) -> tuple[str, str]:
     return ("sequential" if num_chunks == 1 else "pipelined"), "optimal"
 
 
-def predict_pass(chunks: Sequence[ChunkCosts], scheduler: str, max_in_flight: int | None = None) -> float:
-    """Seconds of one pass in the order of a scheduler."""
+def schedule_pass(chunks: Sequence[ChunkCosts], scheduler: str, max_in_flight: int | None = None) -> Schedule:
+    """One pass in the order of a scheduler."""
     graph = layer_graph(chunks, max_in_flight)
-    if scheduler != "optimal":
-        return timetable(graph, make_scheduler(scheduler).order(graph)).makespan
-    found: Schedule = solve(graph, _SOLVER_SECONDS, [PipelinedScheduler().order(graph)])
-    return found.makespan
+    if scheduler == "optimal":
+        return solve(graph, _SOLVER_SECONDS, [PipelinedScheduler().order(graph)])
+    return timetable(graph, make_scheduler(scheduler).order(graph))
 
 
 def costs_at(trials: Mapping[int, LayerCosts], num_chunks: int) -> LayerCosts:

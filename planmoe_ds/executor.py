@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 
 import torch
 
@@ -52,33 +51,22 @@ class Order:
         object.__setattr__(self, "splits", frozenset(apart))
 
 
-class Legs(Enum):
-    """How an all-to-all uses the two classes of links."""
-
-    ONE = "one"  # as a whole: its parts wait for each other, piece by piece, or are not told apart
-    PARALLEL = "parallel"  # side by side
-    SERIAL = "serial"  # first inside nodes, then between them
-
-
 @dataclass(frozen=True)
 class LinkUse:
-    """What the times of an exchange say of the links; crosses: whether any of its ranks is on another node."""
+    """What the times of an exchange say of the links.
 
-    legs: Legs
+    serial: legs inside nodes come before those between them, see ExchangeCosts; crosses: whether ranks are on other
+    nodes.
+    """
+
+    serial: bool
     crosses: bool
-
-    @property
-    def is_serial(self) -> bool:
-        """See ExchangeCosts."""
-        return self.legs is Legs.SERIAL
 
 
 def link_use(group: ExpertGroup) -> LinkUse:
     """How the exchanges of a group use its links."""
     crosses = not bool(group.is_near.all())
-    if group.comm.passes_on:
-        return LinkUse(Legs.ONE, crosses)
-    return LinkUse(Legs.SERIAL if group.choice.name in SERIAL_COMMS and crosses else Legs.PARALLEL, crosses)
+    return LinkUse(crosses and group.choice.name in SERIAL_COMMS, crosses)
 
 
 class Measurement:
@@ -117,24 +105,24 @@ def _row(phase: Phase) -> int:
 
 
 def link_seconds(spans: Sequence[tuple[str, int, int]], use: LinkUse) -> tuple[float, float]:
-    """Seconds on the links inside nodes and between them, from spans (lane, start, end) in nanoseconds."""
-    if use.legs is Legs.ONE or any(lane == "exchange" for lane, _, _ in spans):
+    """Seconds on the links inside nodes and between them, from spans (lane, start, end) in nanoseconds.
+
+    A link takes exchanges in turn, so one that waits there for its parts on the other link keeps the next ones waiting:
+    it is busy from its first part's start to its last one's end.
+    """
+    if any(lane == "exchange" for lane, _, _ in spans):  # both classes as one
         whole = _length(spans)
         return (0.0, whole) if use.crosses else (whole, 0.0)
     intra, inter = ([span for span in spans if span[0] == lane] for lane in ("intra", "inter"))
-    if use.legs is Legs.SERIAL and intra and inter:
+    if use.serial and intra:
         arrived = max(end for _, _, end in intra)
-        return _length(intra), _length([(lane, max(start, arrived), max(end, arrived)) for lane, start, end in inter])
-    return _busy(intra), _busy(inter)
+        inter = [(lane, max(start, arrived), max(end, arrived)) for lane, start, end in inter]
+    return _length(intra), _length(inter)
 
 
 def _length(spans: Sequence[tuple[str, int, int]]) -> float:
     """Seconds from the first start to the last end."""
     return (max((end for _, _, end in spans), default=0) - min((start for _, start, _ in spans), default=0)) * 1e-9
-
-
-def _busy(spans: Sequence[tuple[str, int, int]]) -> float:
-    return sum(end - start for _, start, end in spans) * 1e-9
 
 
 def costs_from(

@@ -20,6 +20,7 @@ from planmoe_ds.backend import (
     order_tokens_on_device,
     routes_on_device,
 )
+from planmoe_ds.choose import PIECE_BYTES
 from planmoe_ds.config import ChunkBy
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.headers import Header, check_headers, check_launches
@@ -27,7 +28,6 @@ from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, RowTrip, plan_row_trip
 
 NO_ROUTE = -1  # expert index of a route that the router dropped
-PIECE_BYTES = 1 << 17  # messages between nodes are not cut into smaller pieces than this
 
 
 @dataclass(frozen=True)

@@ -149,9 +149,7 @@ class LayerPlanner:
 
     def _use(self, vector: torch.Tensor | None) -> bool:
         """Order the tasks anew for these costs; whether that was needed and possible."""
-        forward, backward = (
-            (None, None) if vector is None else costs_from([vector], serial=self._use_of_links.is_serial)
-        )
+        forward, backward = (None, None) if vector is None else costs_from([vector], serial=self._use_of_links.serial)
         if forward is None:
             return False
         now = mean_chunk([*forward, *(backward or [])])

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from planmoe_ds.adviser import ClusterShape, Features, ModelShape, advise, load_shape, predict_layer
+from planmoe_ds.adviser import Features, advise, predict_layer
 from planmoe_ds.cli import app
 from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.shapes import ClusterShape, ModelShape, load_shape
 
 SLOW = ClusterShape(num_nodes=2, gpus_per_node=8, intra_gigabytes_per_second=25, inter_gigabits_per_second=100)
 TOP_8 = ModelShape(tokens_per_rank=4096, hidden_size=2048, inner_size=1408, num_experts=64, top_k=8)
