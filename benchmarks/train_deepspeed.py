@@ -36,6 +36,7 @@ VARIANTS: dict[str, Any] = {
     "planmoe 2 chunks": {"chunks": 2, "comm": "direct"},
     "planmoe pipe, 2 chunks": {"chunks": 2, "comm": "pipe"},
     "planmoe int8, 1 chunk": {"chunks": 1, "comm": "direct", "compression": "int8"},
+    "planmoe true": True,
 }
 STOCK, BOUND, EXACT, INT8 = (list(VARIANTS)[place] for place in (0, 1, 2, 6))
 ON_CLUSTER = {"comm": "dedup", "scheduler": "optimal", "exactness": "reordered"}

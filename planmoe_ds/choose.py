@@ -231,15 +231,15 @@ _PREDICTORS: dict[str, Callable[[_Wires, _Rows], Prediction]] = {  # the simples
 
 def _why(chosen: str, best: str, predictions: Mapping[str, Prediction]) -> str:
     mine = predictions[chosen]
-    predicted = f"{chosen}: {_in_words(mine.seconds)} predicted"
+    predicted = f"{chosen}: {in_words(mine.seconds)} predicted"
     if best != chosen:
-        return f"{predicted}, within {TIE:.0%} of {best}'s {_in_words(predictions[best].seconds)} and simpler"
+        return f"{predicted}, within {TIE:.0%} of {best}'s {in_words(predictions[best].seconds)} and simpler"
     slower = [name for name, other in predictions.items() if other.seconds > mine.seconds * (1 + TIE)]
     if not slower:
         return f"{predicted}, " + ("the simplest of equals" if len(predictions) > 1 else "nothing else to choose from")
     rival_name = min(slower, key=lambda name: predictions[name].seconds)
     rival = predictions[rival_name]
-    reason = f"{predicted} against {rival_name}'s {_in_words(rival.seconds)}"
+    reason = f"{predicted} against {rival_name}'s {in_words(rival.seconds)}"
     if mine.inter_rows < rival.inter_rows * (1 - TIE):
         crossings = f"{_times(mine.inter_rows)} instead of {_times(rival.inter_rows)}"
         return f"{reason}, because each token crosses between nodes {crossings}"
@@ -255,5 +255,6 @@ def _times(count: float) -> str:
     return "once" if abs(count - 1) < 0.05 else f"{count:.1f} times"
 
 
-def _in_words(seconds: float) -> str:
+def in_words(seconds: float) -> str:
+    """Three digits and a unit."""
     return f"{seconds:.3g} s" if seconds > 0.999 else f"{seconds * 1e3:.3g} ms"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from planmoe_ds.backend import make_scheduler
-from planmoe_ds.choose import TIE
+from planmoe_ds.choose import TIE, in_words
 from planmoe_ds.scheduling import ChunkCosts, ExchangeCosts, Schedule, layer_graph, solve, timetable
 from planmoe_ds.scheduling.pipelined import PipelinedScheduler
 
@@ -133,13 +133,13 @@ def _why(chosen: tuple[int, str], seconds: Mapping[tuple[int, str], float]) -> s
         for (num_chunks, name), predicted in seconds.items()
         if num_chunks == chosen[0] and name != chosen[1]
     ]
-    return "; ".join([f"{mine * 1e3:.3g} ms predicted, forward and backward", *others])
+    return "; ".join([f"{in_words(mine)} predicted, forward and backward", *others])
 
 
 def _verdict(seconds: float, chosen: float) -> str:
     if seconds > chosen * (1 + TIE):
-        return f"would lose ({seconds * 1e3:.3g} ms)"
-    return f"would gain less than {TIE:.0%} ({seconds * 1e3:.3g} ms)"
+        return f"would lose ({in_words(seconds)})"
+    return f"would gain less than {TIE:.0%} ({in_words(seconds)})"
 
 
 def _chunks(count: int) -> str:

@@ -93,6 +93,7 @@ class ExpertParallelLayer:
         label = Label("plan", self.index, -1, "forward")
         with self.group.working(label.describe(), PLAN_PHASE):
             plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
+        self.recorder.add_load(self.index, routes.expert_KT, routes.num_experts)
         keep_graph = torch.is_grad_enabled()
         codecs, meter = self._agreed_codecs(plan, tokens_TH.dtype, keep_graph)
         check_leaves = keep_graph and not self._leaves_checked

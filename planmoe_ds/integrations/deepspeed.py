@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,14 +24,13 @@ from torch import nn
 
 from planmoe_ds import __version__
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
-from planmoe_ds.auto_planner import ChoiceLog, Planner
+from planmoe_ds.auto_planner import ChoiceLog
 from planmoe_ds.choose import LayerTraffic
 from planmoe_ds.choose_codecs import CodecChoice, resolve_compression
 from planmoe_ds.codecs import make_codecs
 from planmoe_ds.compression import AUTO
 from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
-from planmoe_ds.execution import save_execution
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup, connect
 from planmoe_ds.grouped import share_storage
@@ -41,6 +38,7 @@ from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.plan import Routes
 from planmoe_ds.recorder import Recorder
+from planmoe_ds.session import Session
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_rows
 
 SECTION = "planmoe"
@@ -53,21 +51,6 @@ SHARED_SETTINGS = (  # of DeepSpeed's own: ranks that disagree on them hang with
     "bf16.enabled",
     "fp16.enabled",
 )
-
-
-@dataclass(frozen=True)
-class Session:
-    """planmoe on one model: `engine.planmoe`."""
-
-    config: PlanMoEConfig
-    num_layers: int
-    recorder: Recorder
-    planners: tuple[Planner, ...] = ()
-
-    def save_trace(self, path: str | Path) -> None:
-        """Write what ran on this rank since recorder.start_trace(), and what was predicted, for `planmoe trace`."""
-        schedules = {index: planner.schedules() for index, planner in enumerate(self.planners)}
-        save_execution(path, self.recorder.stop_trace(), schedules)
 
 
 class PlanMoELayer(MOELayer):  # type: ignore[misc]

@@ -37,18 +37,10 @@ from planmoe_ds.integrations.megatron_limits import check_supported
 from planmoe_ds.layer import ExpertParallelLayer
 from planmoe_ds.plan import NO_ROUTE, ExpertLayout, Routes
 from planmoe_ds.recorder import Recorder
+from planmoe_ds.session import Session
 from planmoe_ds.sharded_experts import forward_sharded
 
 NOMINAL_TOKENS = 4096  # tokens per rank and layer call that all-to-alls are compared for
-
-
-@dataclass(frozen=True)
-class Session:
-    """planmoe on one model: what activate() returns, also found as `planmoe` on each model chunk."""
-
-    config: PlanMoEConfig
-    num_layers: int
-    recorder: Recorder
 
 
 @dataclass(frozen=True)
@@ -278,7 +270,8 @@ def _activate_layers(layers: list[MoELayer], config: PlanMoEConfig) -> Session:
         layer.__class__ = PlanMoELayer
     if log.speaks:
         print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
-    return Session(config, len(layers), recorder)
+    planners = tuple(layer.token_dispatcher.planmoe.planner for layer in layers)
+    return Session(config, len(layers), recorder, planners)
 
 
 def _place_of_source(num_holders: int, num_shards: int) -> tuple[int, ...] | None:
