@@ -55,6 +55,11 @@ class Planner(Protocol):
         """Of the next call."""
         ...
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to be learnt before drift."""
+        ...
+
     def next_call(self, facts: Mapping[str, str]) -> CallOrders:
         """The orders of a call with `num_chunks` chunks; every rank of the group asks at the same time.
 
@@ -90,6 +95,11 @@ class AutoPlanner:
     def num_chunks(self) -> int:
         """Of the next call."""
         return self._current.num_chunks
+
+    @property
+    def is_settled(self) -> bool:
+        """See Planner."""
+        return self._has_chosen and self._current.is_settled
 
     def next_call(self, facts: Mapping[str, str]) -> CallOrders:
         """See Planner."""

@@ -121,6 +121,11 @@ class PlanMoEConfig(Section):
             )
         return self
 
+    @property
+    def chooses_everything(self) -> bool:
+        """Whether all-to-all, chunks and order are left open, as `true` does: then planmoe itself may lose, too."""
+        return all(getattr(self, key) == AUTO for key in _CHOSEN)
+
     def describe_schedule(self) -> str:
         """Chunks and order in a few words."""
         later = "chosen by the first calls' times"

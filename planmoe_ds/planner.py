@@ -92,6 +92,11 @@ class LayerPlanner:
         self._apart = Order(tuple(sorted(self._orders.backward.tasks, key=lambda task: task.kind.value == "W")))
         self.costs: tuple[list[ChunkCosts] | None, list[ChunkCosts] | None] = (None, None)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to be learnt before drift."""
+        return not self._learns or self.costs[0] is not None
+
     def next_call(self, facts: Mapping[str, str]) -> CallOrders:
         """The orders of the layer's next call; every rank of the group asks at the same time.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.plan import Routes
 from planmoe_ds.recorder import Recorder
 from planmoe_ds.session import Session
+from planmoe_ds.stock_trial import StockTrial
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_rows
 
 SECTION = "planmoe"
@@ -58,10 +60,19 @@ class PlanMoELayer(MOELayer):  # type: ignore[misc]
 
     planmoe: ExpertParallelLayer
     tensor_parallel: TensorParallelSplit | None
+    stock_trial: StockTrial | None
 
     @torch.compiler.disable
     def forward(self, hidden_states: torch.Tensor, used_token: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [..., H] and the used-token mask or None -> output [..., H]; sets l_aux and exp_counts."""
+        if self.stock_trial is None:
+            return self._forward(hidden_states, used_token)
+        stock = super().forward
+        return self.stock_trial.run(
+            hidden_states, lambda hidden: self._forward(hidden, used_token), lambda hidden: stock(hidden, used_token)
+        )
+
+    def _forward(self, hidden_states: torch.Tensor, used_token: torch.Tensor | None) -> torch.Tensor:
         if self.wall_clock_breakdown:
             self.timers("moe").start()
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -197,7 +208,7 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
             share_storage(list(layer.experts.deepspeed_experts))
     recorder = Recorder(device)
     compression = _compression(layers, config, connected, traffic, device)
-    log = ChoiceLog(speaks=dist.get_rank() == 0)
+    log, trial_log = (ChoiceLog(speaks=dist.get_rank() == 0) for _ in range(2))
     for index, layer in enumerate(layers):
         chosen = compression[layer.ep_group_name].compression
         layer.__class__ = PlanMoELayer
@@ -211,6 +222,11 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
             log=log,
         )
         layer.tensor_parallel = _split(connected, tensor_parallel_size)
+        layer.stock_trial = None
+        if config.chooses_everything and connected[layer.ep_group_name].is_near.all():
+            trial_log.num_waiting += 1
+            report = partial(trial_log.report, index)
+            layer.stock_trial = StockTrial(layer.planmoe.group, layer.planmoe.planner, report)
     if dist.get_rank() == 0:
         print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
     return Session(config, len(layers), recorder, tuple(layer.planmoe.planner for layer in layers))

@@ -18,6 +18,7 @@ from tests.harness.ranks import RankPool
 pytestmark = pytest.mark.distributed
 
 STEPS = WARM_UP + MEASURED + 2
+CHOOSING = 3 * (WARM_UP + MEASURED + 1) + MEASURED + WARM_UP + MEASURED + 2  # chunks, then planmoe against stock
 LEARNT = (
     {**EXACT, "scheduler": "optimal"},  # weight gradients wait, bit for bit the same
     {"scheduler": "optimal", "chunks": 3},
@@ -41,12 +42,12 @@ def test_learnt_orders_train_alike(ranks: RankPool, case: Case) -> None:
 
 
 def test_chosen_chunks_train_alike(ranks: RankPool) -> None:
-    """Numbers of chunks that change between calls, and between a checkpointed call and its recomputation."""
+    """Numbers of chunks that change between calls, a checkpointed call and its recomputation, and a trial of stock."""
     open_choice = {"comm": "auto", "chunks": "auto", "scheduler": "auto"}
     sections = (open_choice, {**open_choice, "comm": "dedup", "ranks_per_node": 2})
     for case in (CASES[0], CASES[3], CASES[4]):
         long = Case(case.name, config={**case.config, "optimizer": {"type": "SGD", "params": {"lr": 0.01}}},
-                    recompute=case.recompute, steps=3 * (WARM_UP + MEASURED + 1) + 1, sections=sections)  # fmt: skip
+                    recompute=case.recompute, steps=CHOOSING, sections=sections)  # fmt: skip
         assert ranks.run(4, compare_with_stock, long, timeout=240) == [[]] * 4
 
 
@@ -55,7 +56,7 @@ def say_what_was_chosen(folder: str) -> tuple[list[int], str]:
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         engine = make_engine(Case("true"), planmoe=True)
-        train_engine(engine, Case("true"), 3 * (WARM_UP + MEASURED + 1))
+        train_engine(engine, Case("true"), CHOOSING)
     engine.planmoe.recorder.start_trace()
     train_engine(engine, Case("true"), 1)
     engine.planmoe.save_trace(f"{folder}/run-{dist.get_rank()}.json")
@@ -63,11 +64,14 @@ def say_what_was_chosen(folder: str) -> tuple[list[int], str]:
 
 
 def test_true_lets_the_first_steps_choose(ranks: RankPool, tmp_path: Path) -> None:
+    """Unless stock wins, whose layers leave no trace."""
     (mine, said), *others = ranks.run(4, say_what_was_chosen, str(tmp_path), timeout=120)
     assert all(theirs == mine for theirs, _ in others)
     assert "all-to-all direct: one node: nothing crosses between nodes, chunks by token chosen by the first" in said
     assert "order: " in said
     assert "predicted, forward and backward; " in said
     assert not any("planmoe: MoE layers" in words for _, words in others)
-    assert sum(load_routing(tmp_path / "run-0.json")) > 0
-    assert set(load_execution(tmp_path / "run-0.json")[1][0]) >= {"makespan", "lower_bound"}
+    assert "with planmoe and " in said
+    if "the framework's own dispatch" not in said:
+        assert sum(load_routing(tmp_path / "run-0.json")) > 0
+        assert set(load_execution(tmp_path / "run-0.json")[1][0]) >= {"makespan", "lower_bound"}
