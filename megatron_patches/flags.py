@@ -62,7 +62,7 @@ def with_choice(parse_args: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def read_choice(args: Any) -> None:
-    """Set args.planmoe to the section of settings, None when off, and the dispatcher back to "alltoall".
+    """Set args.planmoe to the section of settings, True without any, None when off, and the dispatcher to "alltoall".
 
     Raises PlanMoEConfigError that names everything that is wrong.
     """
@@ -78,7 +78,7 @@ def read_choice(args: Any) -> None:
         return
     for place in chosen:
         setattr(place, DISPATCHER, "alltoall")  # Megatron knows what goes with it by this name
-    section = {**_read_file(path), **given}
+    section = {**_read_file(path), **given} or True
     parse_config(section, "planmoe")
     _check_arguments(chosen[0])
     args.planmoe = section

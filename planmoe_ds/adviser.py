@@ -2,111 +2,22 @@
 
 Exchanges cost what choose.py predicts from the links' alpha and beta, the experts their floating-point operations,
 codecs the bytes they read; the schedules are those of scheduling/. A feature that does not gain at least 3 % stays off.
-
-Legend: T tokens per rank, H hidden size, F inner size of an expert.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from planmoe_ds.choose import TIE, LayerTraffic, predict
-from planmoe_ds.costs import ClusterCosts, LinkCost
-from planmoe_ds.errors import PlanMoEConfigError
-from planmoe_ds.scheduling import ChunkCosts, ExchangeCosts, Schedule, layer_graph, solve, timetable
-from planmoe_ds.scheduling.pipelined import PipelinedScheduler
-from planmoe_ds.scheduling.sequential import SequentialScheduler
+from planmoe_ds.choose import SERIAL_COMMS, TIE, LayerTraffic, predict
+from planmoe_ds.choose_chunks import CANDIDATES, schedule_pass
+from planmoe_ds.costs import ClusterCosts
+from planmoe_ds.scheduling import ChunkCosts, ExchangeCosts, Schedule
+from planmoe_ds.shapes import ClusterShape, ModelShape
 from planmoe_ds.topology import Topology
 
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Count = Annotated[int, Field(ge=1)]
-CHUNKS = (1, 2, 4, 8)
 COMMS = ("direct", "pipe", "dedup", "hierarchical")
 CODEC_BYTES = {"none": None, "int8": 1 + 4 / 128}  # on the wire per value; None: as many as the value has
-_SOLVER_SECONDS = 0.05
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelShape(_Section):
-    """What the adviser has to know of a model; `load`: tokens that every expert of a recorded batch got."""
-
-    tokens_per_rank: _Count = 4096
-    hidden_size: _Count = 2048
-    inner_size: _Count = 8192
-    num_experts: _Count = 64
-    top_k: _Count = 2
-    num_moe_layers: _Count = 1
-    bytes_per_value: _Count = 2
-    load: tuple[float, ...] | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelShape:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k is {self.top_k}, more than the {self.num_experts} experts")
-        if self.load is not None and len(self.load) != self.num_experts:
-            raise ValueError(f"load has {len(self.load)} numbers, expected one for each of {self.num_experts} experts")
-        if self.load is not None and not (min(self.load) >= 0 and 0 < sum(self.load) < float("inf")):
-            raise ValueError("load must be numbers of tokens, none negative and not all zero")
-        return self
-
-    def imbalance(self, num_ranks: int) -> float:
-        """The busiest rank's load over the mean."""
-        if self.load is None:
-            return 1.0
-        per_rank = self.num_experts // num_ranks
-        loads = [sum(self.load[rank * per_rank : (rank + 1) * per_rank]) for rank in range(num_ranks)]
-        return max(loads) * num_ranks / sum(loads)
-
-
-class ClusterShape(_Section):
-    """A cluster that need not exist: rates per GPU inside a node and per node between nodes, each way."""
-
-    num_nodes: _Count = 2
-    gpus_per_node: _Count = 8
-    intra_gigabytes_per_second: _Positive = 25.0
-    inter_gigabits_per_second: _Positive = 100.0
-    intra_microseconds: _Positive = 10.0
-    inter_microseconds: _Positive = 30.0
-    teraflops: _Positive = 150.0  # of an expert's GEMMs, per GPU
-    codec_gigabytes_per_second: _Positive = 500.0  # of values read or written
-
-    def costs(self) -> ClusterCosts:
-        """As a probe would find them."""
-        topology = self.topology()
-        intra = (
-            _link(self.intra_microseconds, 1e-9 / self.intra_gigabytes_per_second) if self.gpus_per_node > 1 else None
-        )
-        beta = 8e-9 * self.gpus_per_node / self.inter_gigabits_per_second
-        inter = _link(self.inter_microseconds, beta) if self.num_nodes > 1 else None
-        both = intra is not None and inter is not None
-        return ClusterCosts(
-            fingerprint="simulated",
-            backend="simulated",
-            node_of_rank=list(topology.node_of_rank),
-            intra=intra,
-            inter=inter,
-            intra_while_both=intra if both else None,
-            inter_while_both=inter if both else None,
-            direct_overlap=1.0 if both else None,
-        )
-
-    def topology(self) -> Topology:
-        """Ranks node after node."""
-        return Topology(tuple(node for node in range(self.num_nodes) for _ in range(self.gpus_per_node)))
-
-
-def _link(microseconds: float, seconds_per_byte: float) -> LinkCost:
-    return LinkCost(alpha_seconds=microseconds * 1e-6, beta_seconds_per_byte=seconds_per_byte, worst_error=0.0)
 
 
 @dataclass(frozen=True)
@@ -157,7 +68,7 @@ def predict_layer(
 ) -> LayerPrediction:
     """One layer's time; ValueError for shapes that do not fit together. costs: measured ones, not the cluster's."""
     costs = cluster.costs() if costs is None else costs
-    topology = Topology(tuple(costs.node_of_rank))
+    topology = _group(model, Topology(tuple(costs.node_of_rank)))
     exchange = _exchange(model, costs, topology, features)
     skew = model.imbalance(topology.num_ranks)
     rows = model.tokens_per_rank * model.top_k * skew
@@ -169,9 +80,22 @@ def predict_layer(
         codec = read / (cluster.codec_gigabytes_per_second * 1e9)
     per_chunk = [value / features.chunks for value in (codec, expert)]
     chunk = ChunkCosts(per_chunk[0], exchange, per_chunk[0], per_chunk[1], per_chunk[0], exchange, per_chunk[0])
-    forward = _schedule([chunk] * features.chunks, features.scheduler)
-    backward = _schedule([replace(chunk, weights=per_chunk[1])] * features.chunks, features.scheduler)
+    forward = schedule_pass([chunk] * features.chunks, features.scheduler)
+    backward = schedule_pass([replace(chunk, weights=per_chunk[1])] * features.chunks, features.scheduler)
     return LayerPrediction(features, forward, backward, 3 * expert)
+
+
+def _group(model: ModelShape, cluster: Topology) -> Topology:
+    """The ranks that share experts: the first ones; the other groups are like them and send at the same time."""
+    size = cluster.num_ranks if model.expert_parallel_size is None else model.expert_parallel_size
+    if cluster.num_ranks % size != 0:
+        raise ValueError(f"expert_parallel_size is {size}, expected a divisor of the {cluster.num_ranks} ranks")
+    if model.num_experts % size != 0:
+        raise ValueError(
+            f"num_experts is {model.num_experts}, expected a multiple of the {size} ranks that share a layer's "
+            "experts: set expert_parallel_size"
+        )
+    return cluster.subset(range(size))
 
 
 def _exchange(model: ModelShape, costs: ClusterCosts, topology: Topology, features: Features) -> ExchangeCosts:
@@ -193,17 +117,9 @@ def _exchange(model: ModelShape, costs: ClusterCosts, topology: Topology, featur
         0.0 if cost is None else cost.seconds(rows_per_token * tokens * row_bytes)
         for cost, rows_per_token in ((costs.intra, found.intra_rows), (costs.inter, found.inter_rows))
     ]
-    serial = features.comm == "hierarchical"
+    serial = features.comm in SERIAL_COMMS
     shortest = sum(legs) if serial else max(legs)
     return ExchangeCosts(legs[0], legs[1], serial, max(0.0, found.seconds - shortest))
-
-
-def _schedule(chunks: Sequence[ChunkCosts], scheduler: str) -> Schedule:
-    graph = layer_graph(chunks)
-    theirs = timetable(graph, PipelinedScheduler().order(graph))
-    if scheduler == "optimal":
-        return solve(graph, _SOLVER_SECONDS, [theirs.order])
-    return theirs if scheduler == "pipelined" else timetable(graph, SequentialScheduler().order(graph))
 
 
 def advise(
@@ -217,7 +133,7 @@ def advise(
     seen = [baseline]
     reasons = []
     codecs = tuple(CODEC_BYTES) if lossy else ("none",)
-    orders = [(1, "sequential"), (1, "optimal"), *itertools.product(CHUNKS[1:], ("pipelined", "optimal"))]
+    orders = [(1, "sequential"), (1, "optimal"), *itertools.product(CANDIDATES[1:], ("pipelined", "optimal"))]
     for name, options in (
         ("comm", [{"comm": comm} for comm in COMMS[1:]]),
         ("compression", [{"compression": codec} for codec in codecs[1:]]),
@@ -240,22 +156,3 @@ def _decide(name: str, best: LayerPrediction, rival: LayerPrediction | None) -> 
         return f"{name}: on ({rival.features}): {times}, {gain:.0%} faster", rival
     verdict = "would lose" if gain < 0 else f"gains less than {TIE:.0%}"
     return f"{name}: off: the best other choice ({rival.features}) {verdict}: {times}", best
-
-
-_Model = TypeVar("_Model", bound=BaseModel)
-
-
-def load_shape(path: Path, kind: type[_Model]) -> _Model:
-    """A shape or measured costs from a JSON file; PlanMoEConfigError names the file, the key and why it is refused."""
-    try:
-        return kind.model_validate(json.loads(path.read_text()))
-    except OSError as error:
-        raise PlanMoEConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "file"
-        known = ", ".join(kind.model_fields)
-        hint = f"; known keys: {known}" if problem["type"] == "extra_forbidden" else ""
-        raise PlanMoEConfigError(f"{path}: {where}: {problem['msg'].removeprefix('Value error, ')}{hint}") from None
-    except ValueError as error:
-        raise PlanMoEConfigError(f"{path} is not JSON: {error}") from error

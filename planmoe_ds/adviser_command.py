@@ -6,22 +6,35 @@ import json
 import sys
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from planmoe_ds.adviser import Advice, ClusterShape, ModelShape, advise, load_shape
+from planmoe_ds.adviser import Advice, advise
 from planmoe_ds.costs import ClusterCosts
 from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.execution import load_routing
+from planmoe_ds.shapes import ClusterShape, ModelShape, load_shape
 
 
-def run(model: Path, cluster: Path, links: Path | None, *, lossy: bool, as_json: bool) -> int:
-    """Predict and print; returns the exit code. links: what `planmoe probe` measured, not the cluster's rates."""
+def run(
+    model: Path, cluster: Path, links: Path | None = None, trace: Path | None = None, *, lossy: bool, as_json: bool
+) -> int:
+    """Predict and print; returns the exit code.
+
+    links: what `planmoe probe` measured, instead of the cluster's rates; trace: what save_trace() wrote, for the load.
+    """
     try:
         shape = load_shape(model, ModelShape)
+        if trace is not None:
+            shape = ModelShape.model_validate({**shape.model_dump(), "load": load_routing(trace)})
         place = load_shape(cluster, ClusterShape)
         costs = None if links is None else load_shape(links, ClusterCosts)
         _check_same_cluster(place, costs, links)
         advice = advise(shape, place, lossy=lossy, costs=costs)
+    except ValidationError as error:
+        print(f"planmoe: {trace}: {error.errors()[0]['msg'].removeprefix('Value error, ')}", file=sys.stderr)
+        return 2
     except (PlanMoEConfigError, ValueError) as error:
         print(f"planmoe: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,9 @@ from planmoe_ds.costs import ClusterCosts, LinkCost
 from planmoe_ds.topology import LinkClass, Topology
 
 TIE = 0.03  # predictions this close are equal: the simpler all-to-all is taken
+PIECE_BYTES = 1 << 17  # dedup does not cut messages between nodes into smaller pieces than this,
+DEVICE_PIECE_BYTES = 1 << 22  # nor than this on accelerators, where every piece costs launches
+SERIAL_COMMS = ("hierarchical",)  # whose legs inside nodes and between them follow each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class LayerTraffic:
 
     `row_bytes`: of one token's row on the wire. `once_per_rank`: a token goes once to every rank that has an expert
     for it, instead of once for every expert; dedup always does so. `num_pieces`: into how many dedup cuts a message
-    between nodes, to pass the first ones on while the others arrive.
+    between nodes at most, to pass the first ones on while the others arrive.
     """
 
     tokens_per_rank: int
@@ -119,11 +122,17 @@ def _suffixes(both: bool) -> tuple[str, ...]:
     return ("", "_while_both") if both else ("",)
 
 
+def least_piece(device: str) -> int:
+    """Bytes of the smallest piece into which dedup cuts a message between nodes, on a type of device."""
+    return PIECE_BYTES if device == "cpu" else DEVICE_PIECE_BYTES
+
+
 class _Wires:
     """Seconds of a leg's bytes on each class of links, alone or with the other class busy."""
 
     def __init__(self, costs: ClusterCosts, both: bool) -> None:
         self.intra, self.inter = costs.intra, costs.inter
+        self.least_piece = least_piece("cuda" if costs.backend == "nccl" else "cpu")
         self.busy_intra = costs.intra_while_both if both else costs.intra
         self.busy_inter = costs.inter_while_both if both else costs.inter
         self.direct_overlap = 1.0 if costs.direct_overlap is None else costs.direct_overlap
@@ -194,11 +203,13 @@ def _dedup(wires: _Wires, rows: _Rows) -> Prediction:
         return max(sent, rows.node_wanted[node] * rows.on_rail(node, index))
 
     intra, inter = rows.busiest(intra_rows), rows.busiest(inter_rows)
+    message_bytes = inter * rows.bytes_per_row / max(1, len(rows.ranks_on) - 1)
+    num_pieces = max(1, min(rows.num_pieces, math.ceil(message_bytes / wires.least_piece)))
     pieces = (
-        _seconds(wires.busy_intra, intra * rows.bytes_per_row / rows.num_pieces),
-        _seconds(wires.busy_inter, inter * rows.bytes_per_row / rows.num_pieces),
+        _seconds(wires.busy_intra, intra * rows.bytes_per_row / num_pieces),
+        _seconds(wires.busy_inter, inter * rows.bytes_per_row / num_pieces),
     )
-    return Prediction(rows.num_pieces * max(pieces) + min(pieces), intra, inter)
+    return Prediction(num_pieces * max(pieces) + min(pieces), intra, inter)
 
 
 def _hierarchical(wires: _Wires, rows: _Rows) -> Prediction:
@@ -227,15 +238,15 @@ _PREDICTORS: dict[str, Callable[[_Wires, _Rows], Prediction]] = {  # the simples
 
 def _why(chosen: str, best: str, predictions: Mapping[str, Prediction]) -> str:
     mine = predictions[chosen]
-    predicted = f"{chosen}: {_in_words(mine.seconds)} predicted"
+    predicted = f"{chosen}: {in_words(mine.seconds)} predicted"
     if best != chosen:
-        return f"{predicted}, within {TIE:.0%} of {best}'s {_in_words(predictions[best].seconds)} and simpler"
+        return f"{predicted}, within {TIE:.0%} of {best}'s {in_words(predictions[best].seconds)} and simpler"
     slower = [name for name, other in predictions.items() if other.seconds > mine.seconds * (1 + TIE)]
     if not slower:
         return f"{predicted}, " + ("the simplest of equals" if len(predictions) > 1 else "nothing else to choose from")
     rival_name = min(slower, key=lambda name: predictions[name].seconds)
     rival = predictions[rival_name]
-    reason = f"{predicted} against {rival_name}'s {_in_words(rival.seconds)}"
+    reason = f"{predicted} against {rival_name}'s {in_words(rival.seconds)}"
     if mine.inter_rows < rival.inter_rows * (1 - TIE):
         crossings = f"{_times(mine.inter_rows)} instead of {_times(rival.inter_rows)}"
         return f"{reason}, because each token crosses between nodes {crossings}"
@@ -251,5 +262,6 @@ def _times(count: float) -> str:
     return "once" if abs(count - 1) < 0.05 else f"{count:.1f} times"
 
 
-def _in_words(seconds: float) -> str:
+def in_words(seconds: float) -> str:
+    """Three digits and a unit."""
     return f"{seconds:.3g} s" if seconds > 0.999 else f"{seconds * 1e3:.3g} ms"

@@ -1,7 +1,8 @@
 """The compression "auto": a codec on the classes of links where it is predicted to save time, from measured costs.
 
-The candidate is hadamard_int8: of the codecs with about a quarter of float32's bytes the one whose error hardly depends
-on the data. A prediction is one dispatch, as in choose.py, plus encoding what a rank sends and decoding what it gets.
+The first candidate is hadamard_int8: of the codecs with about a quarter of float32's bytes the one whose error hardly
+depends on the data; but it fills rows up to blocks of 128 values, so that int8 can be much smaller. A prediction is one
+dispatch, as in choose.py, plus encoding what a rank sends and decoding what it gets.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ import torch
 import torch.distributed as dist
 
 from planmoe_ds.backend import make_compressor
-from planmoe_ds.choose import TIE, LayerTraffic, predict
+from planmoe_ds.choose import SERIAL_COMMS, TIE, LayerTraffic, in_words, predict
 from planmoe_ds.compression import AUTO, NONE, CompressionConfig
 from planmoe_ds.config import PlanMoEConfig
 from planmoe_ds.costs import ClusterCosts, LinkCost
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.topology import Topology
 
-CANDIDATE = "hadamard_int8"
+CANDIDATES = ("hadamard_int8", "int8")
 _MEASURED_BYTES = 1 << 22
 _REPEATS = 5
-_ONE_AFTER_ANOTHER = "hierarchical"  # the all-to-all whose legs do not overlap
 
 
 @dataclass(frozen=True)
@@ -66,29 +66,27 @@ def _synchronize(device: torch.device) -> None:
 
 
 def choose_codecs(
-    costs: ClusterCosts, topology: Topology, traffic: LayerTraffic, comm: str, codec: CodecCost
+    costs: ClusterCosts, topology: Topology, traffic: LayerTraffic, comm: str, *codecs: CodecCost
 ) -> CodecChoice:
-    """The codec on the classes of links where it saves more than 3 % of a dispatch with the all-to-all `comm`.
+    """A codec on the classes of links where it saves more than 3 % of a dispatch with the all-to-all `comm`.
 
-    Raises ValueError as `predict` does.
+    codecs: those to choose from, the preferred ones first. Raises ValueError as `predict` does.
     """
     legs = _Legs(costs, topology, traffic, comm)
-    plans = ((False, False), (True, False), (False, True), (True, True))  # inter, intra; the simplest first
-    seconds = {plan: legs.seconds(codec, *plan) for plan in plans}
-    limit = min(seconds.values()) * (1 + TIE)
-    inter, intra = chosen = next(plan for plan in plans if seconds[plan] <= limit)
-    compression = CompressionConfig(inter=codec.name if inter else NONE, intra=codec.name if intra else NONE)
-    without = f"{seconds[False, False] * 1e3:.3g} ms"
-    if chosen == (False, False):
-        best = min(plans[1:], key=lambda plan: seconds[plan])
-        return CodecChoice(
-            compression,
-            f"no codec: a dispatch is predicted to take {without}, with {codec.name} {seconds[best] * 1e3:.3g} ms",
-        )
+    without = legs.seconds(codecs[0], inter=False, intra=False)
+    uses = ((True, False), (False, True), (True, True))  # inter, intra; the simplest first
+    seconds = {(codec, *use): legs.seconds(codec, *use) for codec in codecs for use in uses}
+    best = min(seconds, key=lambda option: seconds[option])
+    limit = seconds[best] * (1 + TIE)
+    if without <= limit:
+        words = f"a dispatch is predicted to take {in_words(without)}, with {best[0].name} {in_words(seconds[best])}"
+        return CodecChoice(CompressionConfig(), f"no codec: {words}")
+    codec, inter, intra = chosen = next(option for option, predicted in seconds.items() if predicted <= limit)
     where = " and ".join(words for words, used in (("between nodes", inter), ("inside nodes", intra)) if used)
     return CodecChoice(
-        compression,
-        f"{codec.name} {where}: a dispatch is predicted to take {seconds[chosen] * 1e3:.3g} ms instead of {without}",
+        CompressionConfig(inter=codec.name if inter else NONE, intra=codec.name if intra else NONE),
+        f"{codec.name} {where}: a dispatch is predicted to take {in_words(seconds[chosen])} instead of "
+        f"{in_words(without)}",
     )
 
 
@@ -100,7 +98,7 @@ class _Legs:
         per_row = traffic.tokens_per_rank * traffic.row_bytes
         self.intra_bytes, self.inter_bytes = rows.intra_rows * per_row, rows.inter_rows * per_row
         both = costs.intra_while_both is not None and self.intra_bytes > 0 and self.inter_bytes > 0
-        self.in_turn = comm == _ONE_AFTER_ANOTHER
+        self.in_turn = comm in SERIAL_COMMS
         busy = both and not self.in_turn
         self.intra = costs.intra_while_both if busy else costs.intra
         self.inter = costs.inter_while_both if busy else costs.inter
@@ -132,7 +130,7 @@ def resolve_compression(
     if config.compression != AUTO:
         assert isinstance(config.compression, CompressionConfig)
         return dict.fromkeys(traffic, CodecChoice(config.compression, config.compression.describe()))
-    codec = measure_codec(CANDIDATE, *rows)
+    codecs = [measure_codec(name, *rows) for name in CANDIDATES]
     choices = {}
     for name, load in traffic.items():
         group = connected[name]
@@ -140,5 +138,5 @@ def resolve_compression(
             choices[name] = CodecChoice(CompressionConfig(), "no codec: nothing travels")
         else:
             topology = Topology(tuple(group.comm.node_of_rank))
-            choices[name] = choose_codecs(group.costs, topology, load, group.choice.name, codec)
+            choices[name] = choose_codecs(group.costs, topology, load, group.choice.name, *codecs)
     return choices

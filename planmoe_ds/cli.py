@@ -88,14 +88,21 @@ def plan(
 
 
 @app.command()
-def simulate(model: _ModelFile, cluster: _ClusterFile, lossy: _Lossy = False, json: _Json = False) -> None:
+def simulate(
+    model: _ModelFile,
+    cluster: _ClusterFile,
+    trace: Annotated[Path | None, typer.Option(help="What engine.planmoe.save_trace() wrote, for the load.")] = None,
+    lossy: _Lossy = False,
+    json: _Json = False,
+) -> None:
     """The same for a cluster that you do not have, from its rates alone.
 
-    The model's "load", the tokens of every expert in a recorded batch, says how uneven the work is.
+    How uneven the work is says a --trace of a run with the same number of experts, or the model's "load", the tokens
+    of every expert in some batch. "expert_parallel_size" is for models with fewer experts than the cluster has GPUs.
     """
     from planmoe_ds.adviser_command import run
 
-    raise typer.Exit(run(model, cluster, None, lossy=lossy, as_json=json))
+    raise typer.Exit(run(model, cluster, trace=trace, lossy=lossy, as_json=json))
 
 
 @app.command()

@@ -30,6 +30,8 @@ class ChunkBy(str, Enum):
 
 
 _SECTION = "section"  # a "compression" that is not "auto"; pydantic puts the word into the places of errors
+_COUNT = "count"  # "chunks" as a number
+_CHOSEN = {"comm": AUTO, "chunks": AUTO, "scheduler": AUTO}  # what true stands for
 _SUMS_ON_THE_WAY = "dedup"  # the all-to-all that adds up inside the node before rows cross back
 
 
@@ -40,12 +42,16 @@ class PlanMoEConfig(Section):
     comm: str = Field(
         "direct", description="all-to-all algorithm, one of the registered ones, or 'auto': the best for the links"
     )
-    chunks: int = Field(2, ge=1, le=16, description="pieces a layer's rows are pipelined in")
+    chunks: Annotated[
+        Annotated[int, Field(ge=1, le=16), Tag(_COUNT)] | Annotated[Literal["auto"], Tag(AUTO)],
+        Discriminator(lambda value: AUTO if value == AUTO else _COUNT),
+    ] = Field(2, description="pieces a layer's rows are pipelined in, or 'auto': what its first calls show to be best")
     chunk_by: ChunkBy = Field(
         ChunkBy.TOKEN, strict=False, description="'token' (even pieces) or 'expert' (GEMM sizes stay whole)"
     )
     scheduler: str = Field(
-        "pipelined", description="order of the chunks' tasks: one of the registered schedulers, 'optimal' among them"
+        "pipelined",
+        description="order of the chunks' tasks: one of the registered schedulers, 'optimal' among them, or 'auto'",
     )
     max_in_flight: int | None = Field(
         None, ge=1, le=16, description="most chunks whose buffers exist at once; by default all of them"
@@ -85,7 +91,7 @@ class PlanMoEConfig(Section):
     @field_validator("scheduler")
     @classmethod
     def _known_scheduler(cls, name: str) -> str:
-        return known("scheduler", name, backend.scheduler_names())
+        return known("scheduler", name, [AUTO, *backend.scheduler_names()])
 
     @field_validator("ranks_per_node", mode="before")
     @classmethod
@@ -116,6 +122,18 @@ class PlanMoEConfig(Section):
         return self
 
     @property
+    def chooses_everything(self) -> bool:
+        """Whether all-to-all, chunks and order are left open, as `true` does: then planmoe itself may lose, too."""
+        return all(getattr(self, key) == AUTO for key in _CHOSEN)
+
+    def describe_schedule(self) -> str:
+        """Chunks and order in a few words."""
+        later = "chosen by the first calls' times"
+        chunks = f"chunks by {self.chunk_by.value}"
+        chunks = f"{chunks} {later}" if self.chunks == AUTO else f"{self.chunks} {chunks}"
+        return f"{chunks}, " + (f"order {later}" if self.scheduler == AUTO else f"{self.scheduler} order")
+
+    @property
     def resolved_exactness(self) -> Exactness:
         """The exactness in force: the one set, or what the codecs imply."""
         if self.exactness is not None:
@@ -128,12 +146,14 @@ class PlanMoEConfig(Section):
 
 
 def parse_config(section: object, where: str = '"planmoe"') -> PlanMoEConfig:
-    """Validate a user's section: true, false, None (off) or a mapping.
+    """Validate a user's section: true (what is predicted to be fastest without loss), false, None (off) or a mapping.
 
     Raises PlanMoEConfigError that lists every problem by key, with the value and what is allowed.
     """
-    if section is None or isinstance(section, bool):
-        return PlanMoEConfig(enabled=bool(section))
+    if section is True:
+        return PlanMoEConfig.model_validate(_CHOSEN)
+    if section is None or section is False:
+        return PlanMoEConfig(enabled=False)
     if not isinstance(section, Mapping):
         raise PlanMoEConfigError(
             f"{where} must be true, false or a section of settings, got {section!r} ({type(section).__name__})"
@@ -164,7 +184,7 @@ def _section_at(location: list[str]) -> type[Section]:
 def _describe(where: str, problem: Mapping[str, Any]) -> str:
     """One pydantic error as a sentence: key, value, what is allowed."""
     location = [str(part) for part in problem["loc"]]
-    if location[:2] == ["compression", _SECTION]:
+    if location[:2] in (["compression", _SECTION], ["chunks", _COUNT], ["chunks", AUTO]):
         del location[1]
     path = ".".join([where, *location])
     if problem["type"] == "extra_forbidden":

@@ -43,8 +43,16 @@ def predicted_spans(schedule: Schedule, layer: int, phase: Phase, origin_ns: int
     return spans
 
 
-def save_execution(path: str | Path, spans: Sequence[Span], schedules: Mapping[int, Mapping[Phase, Schedule]]) -> None:
-    """Write spans and, by layer and phase, predictions; OSError where the file cannot be written."""
+def save_execution(
+    path: str | Path,
+    spans: Sequence[Span],
+    schedules: Mapping[int, Mapping[Phase, Schedule]],
+    loads: Mapping[int, Sequence[int]] | None = None,
+) -> None:
+    """Write spans and, by layer and phase, predictions; OSError where the file cannot be written.
+
+    loads: routes to every expert, by layer.
+    """
     predictions = [
         {
             "layer": layer,
@@ -56,7 +64,12 @@ def save_execution(path: str | Path, spans: Sequence[Span], schedules: Mapping[i
         for layer, by_phase in schedules.items()
         for phase, schedule in by_phase.items()
     ]
-    content = {"version": _VERSION, "spans": [asdict(span) for span in spans], "predictions": predictions}
+    content = {
+        "version": _VERSION,
+        "spans": [asdict(span) for span in spans],
+        "predictions": predictions,
+        "loads": loads or {},
+    }
     Path(path).write_text(json.dumps(content))
 
 
@@ -81,6 +94,20 @@ def load_execution(path: Path) -> tuple[list[Span], list[dict[str, Any]]]:
     if not spans:
         raise ValueError(f"{path} has no spans: call engine.planmoe.recorder.start_trace() a step before save_trace")
     return spans, predictions
+
+
+def load_routing(path: Path) -> tuple[float, ...]:
+    """Routes to every expert of the layer whose busiest expert stands out most; ValueError says what is wrong."""
+    try:
+        loads = [tuple(float(count) for count in load) for load in json.loads(path.read_text())["loads"].values()]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} was not written by engine.planmoe.save_trace: {error!r}") from error
+    loads = [load for load in loads if sum(load) > 0]
+    if not loads:
+        raise ValueError(f"{path} has no routes: call engine.planmoe.recorder.start_trace() a step before save_trace")
+    return max(loads, key=lambda load: max(load) * len(load) / sum(load))
 
 
 def passes(spans: Sequence[Span]) -> Iterator[tuple[int, Phase, list[Span]]]:

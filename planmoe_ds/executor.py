@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 
 from planmoe_ds.backend import Clock, Exchange, Stamp
+from planmoe_ds.choose import SERIAL_COMMS
+from planmoe_ds.group import ExpertGroup
 from planmoe_ds.scheduling import ChunkCosts, ExchangeCosts, Kind, Task
 from planmoe_ds.trace import Phase
 
@@ -49,12 +51,30 @@ class Order:
         object.__setattr__(self, "splits", frozenset(apart))
 
 
+@dataclass(frozen=True)
+class LinkUse:
+    """What the times of an exchange say of the links.
+
+    serial: legs inside nodes come before those between them, see ExchangeCosts; crosses: whether ranks are on other
+    nodes.
+    """
+
+    serial: bool
+    crosses: bool
+
+
+def link_use(group: ExpertGroup) -> LinkUse:
+    """How the exchanges of a group use its links."""
+    crosses = not bool(group.is_near.all())
+    return LinkUse(crosses and group.choice.name in SERIAL_COMMS, crosses)
+
+
 class Measurement:
     """Times of one call's tasks: taken as they run, read later, when the device has finished them."""
 
-    def __init__(self, clock: Clock, *, one_network: bool) -> None:
+    def __init__(self, clock: Clock, use: LinkUse) -> None:
         self._clock = clock
-        self._one_network = one_network
+        self._use = use
         self._spans: list[tuple[Phase, Kind, int, Stamp, Stamp]] = []
         self._exchanges: list[tuple[Phase, Kind, int, Exchange]] = []
 
@@ -76,7 +96,7 @@ class Measurement:
             found[_row(phase), chunk, _COMPUTE_COLUMN[kind]] = (end.ns() - start.ns()) * 1e-9
         for phase, kind, chunk, exchange in self._exchanges:
             column = _EXCHANGE_COLUMN[kind]
-            found[_row(phase), chunk, column : column + 2] = torch.tensor(_links(exchange, self._one_network))
+            found[_row(phase), chunk, column : column + 2] = torch.tensor(link_seconds(exchange.spans(), self._use))
         return found
 
 
@@ -84,31 +104,45 @@ def _row(phase: Phase) -> int:
     return 0 if phase == "forward" else 1
 
 
-def _links(exchange: Exchange, one_network: bool) -> tuple[float, float]:
-    """Seconds on the links inside nodes and between them.
+def link_seconds(spans: Sequence[tuple[str, int, int]], use: LinkUse) -> tuple[float, float]:
+    """Seconds on the links inside nodes and between them, from spans (lane, start, end) in nanoseconds.
 
-    one_network: legs wait for each other inside the exchange, so that it counts as one leg, from start to end.
+    A link takes exchanges in turn, so one that waits there for its parts on the other link keeps the next ones waiting:
+    it is busy from its first part's start to its last one's end.
     """
-    spans = exchange.spans()
-    if one_network or any(lane == "exchange" for lane, _, _ in spans):
-        starts, ends = [start for _, start, _ in spans], [end for _, _, end in spans]
-        return 0.0, (max(ends, default=0) - min(starts, default=0)) * 1e-9
-    seconds = {lane: sum(end - start for name, start, end in spans if name == lane) for lane in ("intra", "inter")}
-    return seconds["intra"] * 1e-9, seconds["inter"] * 1e-9
+    if any(lane == "exchange" for lane, _, _ in spans):  # both classes as one
+        whole = _length(spans)
+        return (0.0, whole) if use.crosses else (whole, 0.0)
+    intra, inter = ([span for span in spans if span[0] == lane] for lane in ("intra", "inter"))
+    if use.serial and intra:
+        arrived = max(end for _, _, end in intra)
+        inter = [(lane, max(start, arrived), max(end, arrived)) for lane, start, end in inter]
+    return _length(intra), _length(inter)
 
 
-def costs_from(vectors: Sequence[torch.Tensor]) -> tuple[list[ChunkCosts] | None, list[ChunkCosts] | None]:
-    """Medians over calls as costs, forward and backward; None for a pass that was not measured."""
+def _length(spans: Sequence[tuple[str, int, int]]) -> float:
+    """Seconds from the first start to the last end."""
+    return (max((end for _, _, end in spans), default=0) - min((start for _, start, _ in spans), default=0)) * 1e-9
+
+
+def costs_from(
+    vectors: Sequence[torch.Tensor], *, serial: bool = False
+) -> tuple[list[ChunkCosts] | None, list[ChunkCosts] | None]:
+    """Medians over calls as costs, forward and backward; None for a pass that was not measured.
+
+    serial: see ExchangeCosts.
+    """
     if not vectors:
         return None, None
     medians = torch.stack(list(vectors)).nanmedian(dim=0).values
-    return _costs(medians[0], backward=False), _costs(medians[1], backward=True)
+    return _costs(medians[0], backward=False, serial=serial), _costs(medians[1], backward=True, serial=serial)
 
 
-def _costs(medians: torch.Tensor, *, backward: bool) -> list[ChunkCosts] | None:
+def _costs(medians: torch.Tensor, *, backward: bool, serial: bool) -> list[ChunkCosts] | None:
     if bool(medians[:, 0].isnan().any()):
         return None
-    return [_chunk_costs([0.0 if math.isnan(value) else value for value in row], backward) for row in medians.tolist()]
+    rows = [[0.0 if math.isnan(value) else value for value in row] for row in medians.tolist()]
+    return [_chunk_costs(row, backward=backward, serial=serial) for row in rows]
 
 
 def vector_of(forward: Sequence[ChunkCosts], backward: Sequence[ChunkCosts] | None) -> torch.Tensor:
@@ -129,14 +163,14 @@ def _row_of(chunk: ChunkCosts) -> list[float]:
     ]  # fmt: skip
 
 
-def _chunk_costs(row: Sequence[float], backward: bool) -> ChunkCosts:
+def _chunk_costs(row: Sequence[float], *, backward: bool, serial: bool) -> ChunkCosts:
     return ChunkCosts(
         encode=row[0],
-        dispatch=ExchangeCosts(row[1], row[2]),
+        dispatch=ExchangeCosts(row[1], row[2], serial),
         decode=row[3],
         expert=row[4],
         encode_back=row[5],
-        combine=ExchangeCosts(row[6], row[7]),
+        combine=ExchangeCosts(row[6], row[7], serial),
         collect=row[8],
         weights=row[9] if backward else None,
     )

@@ -25,6 +25,7 @@ from planmoe_ds.backend import (
     make_comm,
 )
 from planmoe_ds.choose import Choice, LayerTraffic, choose_comm
+from planmoe_ds.choose_chunks import CANDIDATES
 from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.costs import ClusterCosts
@@ -234,10 +235,14 @@ def connect(
         watchdog = Watchdog(list(comms.values()), members, config.timeout_seconds)
     connected: dict[tuple[int, ...], ExpertGroup] = {}
     for ranks, comm in comms.items():
-        width = _counts_width(comm, loads.get(ranks), config.chunks)
+        width = _counts_width(comm, loads.get(ranks), _most_chunks(config))
         connected[ranks] = ExpertGroup(comm, ranks, ledger, numbers[ranks], choices[ranks], costs, width, watchdog)
         weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends
     return {name: connected[tuple(ranks)] for name, ranks in my_groups.items()}
+
+
+def _most_chunks(config: PlanMoEConfig) -> int:
+    return max(CANDIDATES) if isinstance(config.chunks, str) else config.chunks
 
 
 def _counts_width(comm: Comm, load: LayerTraffic | None, num_chunks: int) -> int:

@@ -6,12 +6,14 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank (
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from planmoe_ds import __version__
+from planmoe_ds.auto_planner import ChoiceLog, Planner, make_planner
 from planmoe_ds.codecs import Codecs
 from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig
@@ -23,7 +25,6 @@ from planmoe_ds.headers import PLAN_PHASE, Header, digest, dtype_code, phase_now
 from planmoe_ds.pipeline import LayerCall, run_experts
 from planmoe_ds.plan import PlanRequest, Routes, RoutingPlan, build_plan
 from planmoe_ds.plan_store import PlanStore
-from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, order_rows
 from planmoe_ds.wire import token_columns
@@ -43,20 +44,16 @@ class ExpertParallelLayer:
     recorder: Recorder
     place_of_source: tuple[int, ...] | None = None
     guard: QualityGuard | None = None  # its codecs are in force, where there is one
+    log: ChoiceLog = field(default_factory=partial(ChoiceLog, speaks=False))
     _leaves_checked: bool = field(default=False, init=False)
     _grouped: GroupedExperts | None = field(default=None, init=False)  # of the last experts
     _modules: tuple[nn.Module, ...] = field(default=(), init=False)
     _num_calls: int = field(default=0, init=False)
-    _planner: LayerPlanner = field(init=False)
+    _planner: Planner = field(init=False)
 
     def __post_init__(self) -> None:
-        config = self.config
-        store = None
-        if config.plans is not None:
-            codecs = AUTO if isinstance(config.compression, str) else config.compression.describe()
-            words = f"{config.comm}, {config.chunks} chunks by {config.chunk_by.value}, codecs {codecs}"
-            store = PlanStore(Path(config.plans), self.index, words)
-        self._planner = LayerPlanner(config.scheduler, self.group, self.num_chunks, config.max_in_flight, store)
+        store = None if self.config.plans is None else PlanStore(Path(self.config.plans), self.index)
+        self._planner = make_planner(self.config, self.group, self.index, store, self.log)
 
     def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts) -> torch.Tensor:
         """Tokens [T, H] and the router's decision -> the weighted sum of the experts' outputs, [T, H]."""
@@ -96,13 +93,14 @@ class ExpertParallelLayer:
         label = Label("plan", self.index, -1, "forward")
         with self.group.working(label.describe(), PLAN_PHASE):
             plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
+        self.recorder.add_load(self.index, routes.expert_KT, routes.num_experts)
         keep_graph = torch.is_grad_enabled()
         codecs, meter = self._agreed_codecs(plan, tokens_TH.dtype, keep_graph)
         check_leaves = keep_graph and not self._leaves_checked
         call = LayerCall(
             plan, columns, tokens_TH.shape[1], tokens_TH.dtype, self._with_groups(experts, tokens_TH.device),
-            self.group, codecs, self.recorder, self.index, order, keep_graph, check_leaves, self._planner.next_call(),
-            meter,
+            self.group, codecs, self.recorder, self.index, order, keep_graph, check_leaves,
+            self._planner.next_call(self._facts(header)), meter,
         )  # fmt: skip
         result = run_experts(tokens_TH.contiguous(), routes.weight_KT, call)
         self._leaves_checked |= check_leaves
@@ -133,6 +131,19 @@ class ExpertParallelLayer:
             settings=digest(f"{__version__} {self.config.model_dump_json()}"),
         )
 
+    def _facts(self, header: Header) -> dict[str, str]:
+        """What the layer's times depend on."""
+        config = self.config
+        return {
+            "hidden size": str(header.hidden_size),
+            "dtype": str(header.dtype),
+            "experts": str(header.num_experts),
+            "top-k": str(header.routes_per_token),
+            "all-to-all": self.group.choice.name,
+            "chunks": f"{config.chunks} by {config.chunk_by.value}",
+            "codecs": AUTO if isinstance(config.compression, str) else config.compression.describe(),
+        }
+
     def _notes(self, tokens_TH: torch.Tensor) -> tuple[int, ...]:
         """For the other ranks: whether tokens must travel raw, for want of a codec that fits, and codecs' errors."""
         codecs = self.codecs if self.guard is None else self.guard.codecs
@@ -149,14 +160,14 @@ class ExpertParallelLayer:
         return codecs.with_raw_tokens() if raw else codecs, meter
 
     @property
-    def planner(self) -> LayerPlanner:
-        """Decides the order of this layer's tasks."""
+    def planner(self) -> Planner:
+        """Decides the number of this layer's chunks, and the order of their tasks."""
         return self._planner
 
     @property
     def num_chunks(self) -> int:
-        """Chunks in force: one where nothing travels."""
-        return self.config.chunks if self.group.size > 1 else 1
+        """Chunks of the next call: one where nothing travels."""
+        return self._planner.num_chunks
 
     @property
     def _recreates_padding(self) -> bool:

@@ -20,6 +20,7 @@ from planmoe_ds.backend import (
     order_tokens_on_device,
     routes_on_device,
 )
+from planmoe_ds.choose import least_piece
 from planmoe_ds.config import ChunkBy
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.headers import Header, check_headers, check_launches
@@ -27,9 +28,6 @@ from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, RowTrip, plan_row_trip
 
 NO_ROUTE = -1  # expert index of a route that the router dropped
-# Messages between nodes are not cut into smaller pieces than this. On accelerators every piece costs launches.
-PIECE_BYTES = 1 << 17
-DEVICE_PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,6 @@ def _agree_on_device(
 
 
 def _order_settings(num_experts: int, group: ExpertGroup, request: PlanRequest) -> dict[str, Any]:
-    piece_bytes = PIECE_BYTES if group.comm.device.type == "cpu" else DEVICE_PIECE_BYTES
     return {
         "num_experts": num_experts,
         "num_chunks": request.num_chunks,
@@ -259,7 +256,7 @@ def _order_settings(num_experts: int, group: ExpertGroup, request: PlanRequest) 
         "node_of_rank": group.comm.node_of_rank,
         "first_hop": group.comm.first_hops,
         "num_pieces": group.comm.num_pieces,
-        "rows_per_piece": max(1, piece_bytes // request.row_bytes),
+        "rows_per_piece": max(1, least_piece(group.comm.device.type) // request.row_bytes),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,33 +15,37 @@ import torch.distributed as dist
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.executor import COLUMNS, costs_from, vector_of
 from planmoe_ds.group import ExpertGroup
+from planmoe_ds.scheduling.graph import MOST_CHUNKS
 from planmoe_ds.scheduling.stored import StoredPlanError, load_plan, save_plan
 
 _logger = logging.getLogger(__name__)
-_NONE, _FOUND, _REFUSED = 0.0, 1.0, 2.0
+_NONE, _REFUSED = 0, -1  # else the number of chunks
 
 
 @dataclass(frozen=True)
 class PlanStore:
-    """One layer's file in a folder; `model` says what its costs depend on, in words."""
+    """One layer's file in a folder. facts: what its costs depend on besides the cluster, by name."""
 
     folder: Path
     layer: int
-    model: str
 
-    def load(self, group: ExpertGroup, num_chunks: int) -> torch.Tensor | None:
-        """Costs, float64 [2, num_chunks, 10], or None without a file; every rank of the group calls this.
+    def load(self, group: ExpertGroup, facts: Mapping[str, str], num_chunks: int | None = None) -> torch.Tensor | None:
+        """Costs, float64 [2, chunks, 10], or None without a file; every rank of the group calls this.
 
-        PlanMoEConfigError on every rank when the file cannot be used.
+        num_chunks: how many chunks they must have, None: as many as they have. PlanMoEConfigError on every rank when
+        the file cannot be used.
         """
-        message = torch.full((1 + 2 * num_chunks * COLUMNS,), math.nan, dtype=torch.float64)
+        message = torch.full((1 + 2 * MOST_CHUNKS * COLUMNS,), math.nan, dtype=torch.float64)
         error: StoredPlanError | None = None
         if group.rank == 0:
             try:
-                plan = load_plan(self._path, _cluster(group), self.model)
-                message[0] = _NONE if plan is None else _FOUND
+                plan = load_plan(self._path, _cluster(group), facts)
+                message[0] = _NONE
                 if plan is not None:
-                    message[1:] = vector_of(*plan.costs()).flatten()
+                    costs = vector_of(*plan.costs())
+                    _check_chunks(self._path, costs.shape[1], num_chunks)
+                    message[0] = costs.shape[1]
+                    message[1 : 1 + costs.numel()] = costs.flatten()
             except StoredPlanError as found:
                 error = found
                 message[0] = _REFUSED
@@ -49,15 +54,16 @@ class PlanStore:
         if message[0] == _REFUSED:
             reason = f"rank {group.global_ranks[0]} cannot use {self._path}" if error is None else str(error)
             raise PlanMoEConfigError(f"planmoe.plans: {reason}") from error
-        return None if message[0] == _NONE else message[1:].cpu().reshape(2, num_chunks, COLUMNS)
+        stored = int(message[0])
+        return None if stored == _NONE else message[1 : 1 + 2 * stored * COLUMNS].cpu().reshape(2, stored, COLUMNS)
 
-    def save(self, group: ExpertGroup, vector: torch.Tensor) -> None:
+    def save(self, group: ExpertGroup, facts: Mapping[str, str], vector: torch.Tensor) -> None:
         """Keep what was learnt; a folder that cannot be written is worth a warning."""
         forward, backward = costs_from([vector])
         if group.rank != 0 or forward is None:
             return
         try:
-            save_plan(self._path, _cluster(group), self.model, forward, backward)
+            save_plan(self._path, _cluster(group), facts, forward, backward)
         except OSError as error:
             _logger.warning("planmoe: %s cannot be written (%s), the next run learns again", self._path, error)
 
@@ -66,8 +72,16 @@ class PlanStore:
         return self.folder / f"layer-{self.layer}.json"
 
 
-def _cluster(group: ExpertGroup) -> str:
+def _check_chunks(path: Path, stored: int, wanted: int | None) -> None:
+    if wanted is not None and stored != wanted:
+        raise StoredPlanError(f"{path} is a plan for {stored} chunks, the layer has {wanted}: delete it")
+
+
+def _cluster(group: ExpertGroup) -> dict[str, str]:
     """What the costs of exchanges depend on: asked on the group's first rank only."""
-    nodes = ", ".join(str(node) for node in group.comm.node_of_rank)
-    backend = dist.get_backend(group.comm.groups[0])
-    return f"{socket.gethostname()}: ranks on nodes {nodes}; {backend}, {group.comm.device.type}"
+    return {
+        "first host": socket.gethostname(),
+        "nodes of the ranks": ", ".join(str(node) for node in group.comm.node_of_rank),
+        "backend": str(dist.get_backend(group.comm.groups[0])),
+        "device": group.comm.device.type,
+    }

@@ -6,13 +6,14 @@ the same call of the layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
 from planmoe_ds.backend import Clock, make_scheduler
-from planmoe_ds.executor import Measurement, Order, costs_from, mean_chunk
+from planmoe_ds.executor import LinkUse, Measurement, Order, costs_from, link_use, mean_chunk
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.plan_store import PlanStore
 from planmoe_ds.scheduling import (
@@ -56,7 +57,10 @@ class CallOrders:
 
 
 class LayerPlanner:
-    """One layer's orders."""
+    """One layer's orders, for a fixed number of chunks.
+
+    fresh: learns whatever the scheduler, and from this run's calls alone.
+    """
 
     def __init__(
         self,
@@ -65,16 +69,22 @@ class LayerPlanner:
         num_chunks: int,
         max_in_flight: int | None,
         store: PlanStore | None = None,
+        *,
+        fresh: bool = False,
     ) -> None:
         self._scheduler = make_scheduler(scheduler)
         self._store = store
         self._group = group
-        self._num_chunks = num_chunks
+        self.num_chunks = num_chunks
+        self.num_drifts = 0  # times that a new order was needed
         self._max_in_flight = max_in_flight
         self._calls = 0
+        self._facts: Mapping[str, str] = {}
         self._planned_for: float | None = None
         self._measurements: list[Measurement] = []
-        self._learns = self._scheduler.uses_costs and group.size > 1
+        self._learns = (self._scheduler.uses_costs or fresh) and group.size > 1
+        self._loads = store is not None and not fresh
+        self._use_of_links: LinkUse = link_use(group)
         first = PipelinedScheduler() if self._scheduler.uses_costs else self._scheduler
         forward, backward = (self._graph(None, backward=backward) for backward in (False, True))
         self._orders = CallOrders(_order(forward, first), _order(backward, first))
@@ -82,14 +92,26 @@ class LayerPlanner:
         self._apart = Order(tuple(sorted(self._orders.backward.tasks, key=lambda task: task.kind.value == "W")))
         self.costs: tuple[list[ChunkCosts] | None, list[ChunkCosts] | None] = (None, None)
 
-    def next_call(self) -> CallOrders:
-        """The orders of the layer's next call; every rank of the group asks at the same time."""
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to be learnt before drift."""
+        return not self._learns or self.costs[0] is not None
+
+    def next_call(self, facts: Mapping[str, str]) -> CallOrders:
+        """The orders of the layer's next call; every rank of the group asks at the same time.
+
+        facts: what its costs depend on, by name; the same in every call.
+        """
         if not self._learns:
             return self._orders
+        if self._loads:
+            self._loads = False
+            assert self._store is not None
+            kept = self._store.load(self._group, facts, self.num_chunks)
+            if kept is not None and self.resume(kept):
+                return self._orders
+        self._facts = facts
         number, self._calls = self._calls, self._calls + 1
-        if number == 0 and self._store is not None and self._use(self._store.load(self._group, self._num_chunks)):
-            self._calls = WARM_UP + MEASURED + 1  # there is nothing to learn before drift is looked for
-            return self._orders
         if number >= WARM_UP + MEASURED:
             number = WARM_UP + MEASURED - 1 + (number - WARM_UP - MEASURED) % REPLAN_EVERY + 1
         if number == WARM_UP + MEASURED and self._measurements:
@@ -97,11 +119,17 @@ class LayerPlanner:
         is_first_look = WARM_UP <= number < WARM_UP + MEASURED
         if not is_first_look and number != WARM_UP + MEASURED + REPLAN_EVERY - 1:
             return self._orders
-        one_network = self._group.comm.passes_on or not self._orders.forward.tasks
-        measurement = Measurement(Clock(self._group.comm.device), one_network=one_network)
+        measurement = Measurement(Clock(self._group.comm.device), self._use_of_links)
         self._measurements.append(measurement)
         backward = self._apart if is_first_look else self._orders.backward
         return replace(self._orders, backward=backward, measurement=measurement)
+
+    def resume(self, costs: torch.Tensor) -> bool:
+        """Follow costs that were learnt before, float64 [2, num_chunks, 10]; whether they were complete."""
+        if not self._use(costs):
+            return False
+        self._calls = WARM_UP + MEASURED + 1  # there is nothing to learn before drift is looked for
+        return True
 
     def schedules(self) -> dict[Phase, Schedule]:
         """The orders in force at the costs that were learnt; empty while nothing was."""
@@ -118,20 +146,21 @@ class LayerPlanner:
         return found
 
     def _decide(self) -> None:
-        vectors = [self._average(taken.vector(self._num_chunks)) for taken in self._measurements]
+        vectors = [self._average(taken.vector(self.num_chunks)) for taken in self._measurements]
         self._measurements = []
         costs = torch.stack(vectors).nanmedian(dim=0).values
         if self._use(costs) and self._store is not None:
-            self._store.save(self._group, costs)
+            self._store.save(self._group, self._facts, costs)
 
     def _use(self, vector: torch.Tensor | None) -> bool:
         """Order the tasks anew for these costs; whether that was needed and possible."""
-        forward, backward = (None, None) if vector is None else costs_from([vector])
+        forward, backward = (None, None) if vector is None else costs_from([vector], serial=self._use_of_links.serial)
         if forward is None:
             return False
         now = mean_chunk([*forward, *(backward or [])])
         if self._planned_for is not None and abs(now / self._planned_for - 1) <= DRIFT:
             return False
+        self.num_drifts += self._planned_for is not None
         self._planned_for = now
         self.costs = forward, backward
         graphs = [self._graph(forward, backward=False)]
@@ -145,7 +174,7 @@ class LayerPlanner:
     def _graph(self, costs: list[ChunkCosts] | None, *, backward: bool) -> TaskGraph:
         if costs is None:
             unknown = ChunkCosts(**{**vars(_UNKNOWN), "weights": 0.0 if backward else None})
-            costs = [unknown] * self._num_chunks
+            costs = [unknown] * self.num_chunks
         return layer_graph(costs, self._max_in_flight)
 
     def _average(self, vector: torch.Tensor) -> torch.Tensor:

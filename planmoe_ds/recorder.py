@@ -81,6 +81,7 @@ class Recorder:
         self._stock_bytes = 0
         self._num_exchanges = 0
         self._trace: list[Span] | None = None
+        self._loads: dict[int, torch.Tensor] = {}
         self._qualities: deque[Quality] = deque(maxlen=MAX_PENDING)
 
     @contextmanager
@@ -98,6 +99,19 @@ class Recorder:
             self._exchanges.append((label, exchange))
             self._bytes_sent += exchange.bytes_sent
             self._num_exchanges += 1
+
+    def add_load(self, layer: int, expert_KT: torch.Tensor, num_experts: int) -> None:
+        """Count this rank's routes to every expert of a layer, negative ones left out, while a trace is on."""
+        if self._trace is not None:
+            counts = torch.bincount(expert_KT.flatten().long() + 1, minlength=num_experts + 1)[1:]
+            with self._lock:
+                self._loads[layer] = self._loads[layer] + counts if layer in self._loads else counts
+
+    def take_loads(self) -> dict[int, list[int]]:
+        """Routes to every expert since start_trace(), by layer."""
+        with self._lock:
+            found, self._loads = self._loads, {}
+        return {layer: counts.tolist() for layer, counts in sorted(found.items())}
 
     def add_stock_bytes(self, count: int) -> None:
         """Add what the framework's own all-to-all would have sent."""
@@ -137,6 +151,7 @@ class Recorder:
         """Keep every span from now on, until stop_trace()."""
         self._drain()
         self._trace = []
+        self._loads = {}
 
     def stop_trace(self) -> list[Span]:
         """The spans since start_trace(), in order of their start; empty when no trace was started."""

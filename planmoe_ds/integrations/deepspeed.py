@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,21 +25,22 @@ from torch import nn
 
 from planmoe_ds import __version__
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
+from planmoe_ds.auto_planner import ChoiceLog
 from planmoe_ds.choose import LayerTraffic
 from planmoe_ds.choose_codecs import CodecChoice, resolve_compression
 from planmoe_ds.codecs import make_codecs
 from planmoe_ds.compression import AUTO
 from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
-from planmoe_ds.execution import save_execution
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup, connect
 from planmoe_ds.grouped import share_storage
 from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.plan import Routes
-from planmoe_ds.planner import LayerPlanner
 from planmoe_ds.recorder import Recorder
+from planmoe_ds.session import Session
+from planmoe_ds.stock_trial import StockTrial
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_rows
 
 SECTION = "planmoe"
@@ -55,30 +55,24 @@ SHARED_SETTINGS = (  # of DeepSpeed's own: ranks that disagree on them hang with
 )
 
 
-@dataclass(frozen=True)
-class Session:
-    """planmoe on one model: `engine.planmoe`."""
-
-    config: PlanMoEConfig
-    num_layers: int
-    recorder: Recorder
-    planners: tuple[LayerPlanner, ...] = ()
-
-    def save_trace(self, path: str | Path) -> None:
-        """Write what ran on this rank since recorder.start_trace(), and what was predicted, for `planmoe trace`."""
-        schedules = {index: planner.schedules() for index, planner in enumerate(self.planners)}
-        save_execution(path, self.recorder.stop_trace(), schedules)
-
-
 class PlanMoELayer(MOELayer):  # type: ignore[misc]
     """A MOELayer whose tokens travel through planmoe; instances are made by activate()."""
 
     planmoe: ExpertParallelLayer
     tensor_parallel: TensorParallelSplit | None
+    stock_trial: StockTrial | None
 
     @torch.compiler.disable
     def forward(self, hidden_states: torch.Tensor, used_token: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [..., H] and the used-token mask or None -> output [..., H]; sets l_aux and exp_counts."""
+        if self.stock_trial is None:
+            return self._forward(hidden_states, used_token)
+        stock = super().forward
+        return self.stock_trial.run(
+            hidden_states, lambda hidden: self._forward(hidden, used_token), lambda hidden: stock(hidden, used_token)
+        )
+
+    def _forward(self, hidden_states: torch.Tensor, used_token: torch.Tensor | None) -> torch.Tensor:
         if self.wall_clock_breakdown:
             self.timers("moe").start()
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -214,6 +208,7 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
             share_storage(list(layer.experts.deepspeed_experts))
     recorder = Recorder(device)
     compression = _compression(layers, config, connected, traffic, device)
+    log, trial_log = (ChoiceLog(speaks=dist.get_rank() == 0) for _ in range(2))
     for index, layer in enumerate(layers):
         chosen = compression[layer.ep_group_name].compression
         layer.__class__ = PlanMoELayer
@@ -224,8 +219,14 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
             codecs=make_codecs(chosen),
             recorder=recorder,
             guard=None if config.guard is None else QualityGuard(config.guard, chosen, index, recorder),
+            log=log,
         )
         layer.tensor_parallel = _split(connected, tensor_parallel_size)
+        layer.stock_trial = None
+        if config.chooses_everything and connected[layer.ep_group_name].is_near.all():
+            trial_log.num_waiting += 1
+            report = partial(trial_log.report, index)
+            layer.stock_trial = StockTrial(layer.planmoe.group, layer.planmoe.planner, report)
     if dist.get_rank() == 0:
         print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
     return Session(config, len(layers), recorder, tuple(layer.planmoe.planner for layer in layers))
@@ -280,7 +281,7 @@ def _announcement(
     choices = [connected[layer.ep_group_name].choice for layer in layers]
     comm = " and ".join(sorted({choice.name if config.comm != AUTO else choice.reason for choice in choices}))
     return (
-        f"planmoe: active on {len(layers)} MoE layers: all-to-all {comm}, {config.chunks} chunks by "
-        f"{config.chunk_by.value}, {config.scheduler} order, {config.resolved_exactness.value}, compression ({names}), "
+        f"planmoe: active on {len(layers)} MoE layers: all-to-all {comm}, "
+        f"{config.describe_schedule()}, {config.resolved_exactness.value}, compression ({names}), "
         f"expert-parallel size {', '.join(map(str, sizes))}"
     )

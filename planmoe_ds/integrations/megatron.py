@@ -24,6 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
+from planmoe_ds.auto_planner import ChoiceLog
 from planmoe_ds.choose import LayerTraffic
 from planmoe_ds.choose_codecs import CodecChoice, resolve_compression
 from planmoe_ds.codecs import make_codecs
@@ -36,18 +37,10 @@ from planmoe_ds.integrations.megatron_limits import check_supported
 from planmoe_ds.layer import ExpertParallelLayer
 from planmoe_ds.plan import NO_ROUTE, ExpertLayout, Routes
 from planmoe_ds.recorder import Recorder
+from planmoe_ds.session import Session
 from planmoe_ds.sharded_experts import forward_sharded
 
 NOMINAL_TOKENS = 4096  # tokens per rank and layer call that all-to-alls are compared for
-
-
-@dataclass(frozen=True)
-class Session:
-    """planmoe on one model: what activate() returns, also found as `planmoe` on each model chunk."""
-
-    config: PlanMoEConfig
-    num_layers: int
-    recorder: Recorder
 
 
 @dataclass(frozen=True)
@@ -262,6 +255,11 @@ def _activate_layers(layers: list[MoELayer], config: PlanMoEConfig) -> Session:
     connected = connect(my_groups, config, device, traffic)
     recorder = Recorder(device)
     compression = _compression(layers, config, connected, traffic, device)
+    totals: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(totals, len(layers))
+    if not any(totals):
+        raise PlanMoEConfigError("planmoe is on, but the model has no MoE layer: give --num-experts, or leave it off")
+    log = ChoiceLog(speaks=dist.get_rank() == totals.index(max(totals)))
     for index, layer in enumerate(layers):
         dispatcher = layer.token_dispatcher
         chosen = compression[names[id(layer)]].compression
@@ -269,17 +267,15 @@ def _activate_layers(layers: list[MoELayer], config: PlanMoEConfig) -> Session:
             index=index, config=config, group=connected[names[id(layer)]], codecs=make_codecs(chosen),
             recorder=recorder,
             guard=None if config.guard is None else QualityGuard(config.guard, chosen, index, recorder),
+            log=log,
             place_of_source=_place_of_source(dispatcher.ep_size, dispatcher.tp_size),
         )  # fmt: skip
         dispatcher.__class__ = PlanMoEDispatcher
         layer.__class__ = PlanMoELayer
-    totals: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(totals, len(layers))
-    if not any(totals):
-        raise PlanMoEConfigError("planmoe is on, but the model has no MoE layer: give --num-experts, or leave it off")
-    if dist.get_rank() == totals.index(max(totals)):
+    if log.speaks:
         print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
-    return Session(config, len(layers), recorder)
+    planners = tuple(layer.token_dispatcher.planmoe.planner for layer in layers)
+    return Session(config, len(layers), recorder, planners)
 
 
 def _place_of_source(num_holders: int, num_shards: int) -> tuple[int, ...] | None:
@@ -325,7 +321,7 @@ def _announcement(
     dispatcher = layers[0].token_dispatcher
     return (
         f"planmoe: active on {len(layers)} MoE layers of this pipeline stage: all-to-all {' and '.join(comm)}, "
-        f"{config.chunks} chunks by {config.chunk_by.value}, {config.resolved_exactness.value}, compression "
+        f"{config.describe_schedule()}, {config.resolved_exactness.value}, compression "
         f"({codecs}), expert-parallel size {dispatcher.ep_size}, expert-tensor-parallel size {dispatcher.tp_size}"
     )
 

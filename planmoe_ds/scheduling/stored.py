@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,13 +19,13 @@ class StoredPlanError(ValueError):
 
 
 class StoredPlan(BaseModel):
-    """Costs of a layer's chunks; `cluster`, `model`: what they were measured on, compared word by word."""
+    """Costs of a layer's chunks; `cluster`, `model`: what they were measured on, name by name compared word by word."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = 1
-    cluster: str
-    model: str
+    version: Literal[2] = 2
+    cluster: dict[str, str]
+    model: dict[str, str]
     forward: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     backward: tuple[dict[str, Any], ...] | None
 
@@ -49,13 +50,17 @@ def _read(chunks: tuple[dict[str, Any], ...]) -> list[ChunkCosts]:
 
 
 def save_plan(
-    path: Path, cluster: str, model: str, forward: list[ChunkCosts], backward: list[ChunkCosts] | None
+    path: Path,
+    cluster: Mapping[str, str],
+    model: Mapping[str, str],
+    forward: list[ChunkCosts],
+    backward: list[ChunkCosts] | None,
 ) -> None:
     """Write whole or not at all; OSError when the folder cannot be written."""
     plan = {
-        "version": 1,
-        "cluster": cluster,
-        "model": model,
+        "version": 2,
+        "cluster": dict(cluster),
+        "model": dict(model),
         "forward": [asdict(chunk) for chunk in forward],
         "backward": None if backward is None else [asdict(chunk) for chunk in backward],
     }
@@ -66,7 +71,7 @@ def save_plan(
         draft.replace(path)
 
 
-def load_plan(path: Path, cluster: str, model: str) -> StoredPlan | None:
+def load_plan(path: Path, cluster: Mapping[str, str], model: Mapping[str, str]) -> StoredPlan | None:
     """The plan kept at `path`, None without one.
 
     StoredPlanError says why a file cannot be used: not a plan, or one of another cluster or model.
@@ -82,9 +87,14 @@ def load_plan(path: Path, cluster: str, model: str) -> StoredPlan | None:
         raise StoredPlanError(f"{path}: {place}: {problem['msg']}") from None
     except (OSError, ValueError) as error:
         raise StoredPlanError(f"{path} cannot be used: {error}") from error
-    for name, stored, wanted in (("cluster", plan.cluster, cluster), ("model", plan.model, model)):
-        if stored != wanted:
+    for what, stored, wanted in (("cluster", plan.cluster, cluster), ("model", plan.model, model)):
+        differences = [
+            f"{name} is {wanted.get(name, 'not known')} and was {stored.get(name, 'not known')}"
+            for name in {**stored, **wanted}
+            if stored.get(name) != wanted.get(name)
+        ]
+        if differences:
             raise StoredPlanError(
-                f"{path} is a plan for {name} '{stored}', this is '{wanted}': delete it, or name another"
+                f"{path} is a plan for another {what}: {'; '.join(differences)}. Delete it, or name another folder"
             )
     return plan

@@ -73,7 +73,7 @@ def run_orders(chunks: int, settings: dict[str, object], seeds: Sequence[int]) -
         if seed is not None:
             rng = random.Random(seed)  # the same on every rank
             orders = CallOrders(random_order(rng, graphs[0]), random_order(rng, graphs[1]))
-            layer._planner.next_call = lambda orders=orders: orders  # type: ignore[method-assign]
+            layer._planner.next_call = lambda facts, orders=orders: orders  # type: ignore[method-assign]
         output = run_layer(layer, tokens, routes, experts)
         parameters = [p for expert in experts for p in expert.parameters()]
         grads = torch.autograd.grad(output.square().sum(), [tokens, weights, *parameters])
@@ -148,7 +148,7 @@ def most_in_flight(name: str, window: int | None) -> tuple[int, int]:
     layer.group.comm.take_peak_bytes()
     run_layer(layer, tokens, routes, experts).sum().backward()
     most = 0
-    for order in (layer._planner.next_call().forward, layer._planner.next_call().backward):
+    for order in (layer._planner.next_call({}).forward, layer._planner.next_call({}).backward):
         left = {task.chunk: sum(other.chunk == task.chunk for other in order.tasks) for task in order.tasks}
         open_chunks: set[int] = set()
         for task in order.tasks:
@@ -184,7 +184,7 @@ def learn(costs_differ: bool) -> list[tuple[str, ...]]:
         seen.append(tuple(str(task) for order in (orders.forward, orders.backward) for task in order.tasks))
     assert layer._planner.costs[0] is not None
     assert layer._planner.costs[1] is not None
-    assert all(costs.expert > 0 and costs.dispatch.inter > 0 for costs in layer._planner.costs[1])
+    assert all(costs.expert > 0 and costs.dispatch.intra > 0 for costs in layer._planner.costs[1])
     return seen
 
 
@@ -196,12 +196,12 @@ def test_all_ranks_follow_the_order_that_was_learnt(ranks: RankPool) -> None:
     assert mine[-1] == mine[-2]
 
 
-def stored(folder: str, chunks: int) -> int:
+def stored(folder: str, chunks: int, top_k: int = 1) -> int:
     """Calls after which the order no longer is the first one."""
     layer = make_layer({"chunks": chunks, "scheduler": "optimal", "plans": folder})
     world = dist.get_world_size()
     tokens = torch.randn(60, HIDDEN, requires_grad=True)
-    routes = routes_of(torch.arange(60).unsqueeze(0) % world, world)
+    routes = routes_of(torch.arange(60).expand(top_k, -1) % world, world)
     first = layer._planner._orders
     for call in range(WARM_UP + MEASURED + 2):
         run_layer(layer, tokens, routes, [TwoLinears()]).sum().backward()
@@ -215,11 +215,19 @@ def test_what_was_learnt_is_kept(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(2, stored, str(tmp_path), 3) == [WARM_UP + MEASURED] * 2
     assert ranks.run(2, stored, str(tmp_path), 3) == [0] * 2
     path = tmp_path / "layer-0.json"
-    path.write_text(path.read_text().replace("ranks on nodes", "elsewhere, ranks on nodes"))
+    path.write_text(path.read_text().replace('"nodes of the ranks": "0, 0"', '"nodes of the ranks": "0, 1"'))
     outcomes = ranks.run(2, stored, str(tmp_path), 3, expect_failure=True)
     assert [outcome.error for outcome in outcomes] == ["PlanMoEConfigError"] * 2
-    assert "is a plan for cluster" in outcomes[0].message
+    assert "is a plan for another cluster: nodes of the ranks is 0, 0 and was 0, 1" in outcomes[0].message
     assert "rank 0 cannot use" in outcomes[1].message
+
+
+@pytest.mark.distributed
+def test_what_another_model_learnt_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, stored, str(tmp_path), 3)
+    outcomes = ranks.run(2, stored, str(tmp_path), 3, 2, expect_failure=True)
+    assert [outcome.error for outcome in outcomes] == ["PlanMoEConfigError"] * 2
+    assert "is a plan for another model: top-k is 2 and was 1" in outcomes[0].message
 
 
 def drift(factors: Sequence[float]) -> list[bool]:
@@ -251,7 +259,7 @@ def backwards(seed: int) -> float:
     for _ in range(WARM_UP + MEASURED + 2):
         output = run_layer(layer, tokens, routes, [nn.Identity()])
         output.sum().backward()
-    assert {task.kind for task in layer._planner.next_call().backward.tasks} == set(Kind)
+    assert {task.kind for task in layer._planner.next_call({}).backward.tasks} == set(Kind)
     return float(output.sum())
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from planmoe_ds.adviser import ClusterShape, Features, ModelShape, advise, load_shape, predict_layer
+from planmoe_ds.adviser import Features, advise, predict_layer
 from planmoe_ds.cli import app
 from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.execution import save_execution
+from planmoe_ds.shapes import ClusterShape, ModelShape, load_shape
 
 SLOW = ClusterShape(num_nodes=2, gpus_per_node=8, intra_gigabytes_per_second=25, inter_gigabits_per_second=100)
 TOP_8 = ModelShape(tokens_per_rank=4096, hidden_size=2048, inner_size=1408, num_experts=64, top_k=8)
@@ -147,3 +149,55 @@ def test_experts_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["simulate", "--model", model, "--cluster", write(tmp_path / "c.json", {})])
     assert found.exit_code == 2
     assert "multiple of the 16 ranks" in found.stderr
+    model = write(tmp_path / "model.json", {"num_experts": 10, "expert_parallel_size": 5})
+    found = CliRunner().invoke(app, ["simulate", "--model", model, "--cluster", write(tmp_path / "c.json", {})])
+    assert found.exit_code == 2
+    assert "expected a divisor of the 16 ranks" in found.stderr
+
+
+@pytest.mark.parametrize("num_nodes", [1, 8, 64, 512])
+@pytest.mark.parametrize("rate", [25, 400])
+@pytest.mark.parametrize("intra", [25, 450], ids=["PCIe", "NVLink"])
+def test_clusters_of_up_to_4096_gpus(tmp_path: Path, num_nodes: int, rate: int, intra: int) -> None:
+    model = ModelShape(num_experts=64, top_k=8, hidden_size=2048, inner_size=1408, expert_parallel_size=8)
+    if num_nodes > 1:
+        model = model.model_copy(update={"expert_parallel_size": 64})
+    cluster = ClusterShape(num_nodes=num_nodes, inter_gigabits_per_second=rate, intra_gigabytes_per_second=intra)
+    advice = advise(model, cluster, lossy=True)
+    assert advice.chosen.bound <= advice.chosen.seconds <= advice.baseline.seconds
+    whole = advise(model.model_copy(update={"num_experts": cluster.num_gpus, "expert_parallel_size": None}), cluster)
+    assert whole.chosen.seconds <= whole.baseline.seconds
+
+
+def test_a_recorded_trace_says_how_uneven_the_work_is(tmp_path: Path) -> None:
+    model = write(tmp_path / "model.json", {"num_experts": 16, "top_k": 2, "num_moe_layers": 1})
+    cluster = write(tmp_path / "cluster.json", {"num_nodes": 2, "gpus_per_node": 8})
+    even, skewed = tmp_path / "even.json", tmp_path / "skewed.json"
+    save_execution(even, [], {}, {0: [5] * 16})
+    save_execution(skewed, [], {}, {0: [5] * 16, 1: [35] + [3] * 15})
+    seconds = []
+    for trace in ([], ["--trace", str(even)], ["--trace", str(skewed)]):
+        found = CliRunner().invoke(app, ["simulate", "--model", model, "--cluster", cluster, "--json", *trace])
+        assert found.exit_code == 0, found.output
+        seconds.append(json.loads(found.stdout)["expert_seconds"])
+    assert seconds[1] == pytest.approx(seconds[0])
+    assert seconds[2] == pytest.approx(seconds[0] * 35 * 16 / 80)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "was not written by"),
+        ({"version": 1}, "was not written by"),
+        ({"loads": {"0": ["many"]}}, "was not written by"),
+        ({"loads": {}}, "has no routes"),
+        ({"loads": {"0": [1, 2]}}, "load has 2 numbers, expected one for each of 64 experts"),
+    ],
+)
+def test_other_traces_are_refused(tmp_path: Path, content: Any, words: str) -> None:
+    files = {name: write(tmp_path / f"{name}.json", {}) for name in ("model", "cluster")}
+    trace = write(tmp_path / "trace.json", content)
+    options = ["--model", files["model"], "--cluster", files["cluster"], "--trace", trace]
+    found = CliRunner().invoke(app, ["simulate", *options])
+    assert found.exit_code == 2
+    assert words in found.stderr

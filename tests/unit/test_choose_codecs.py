@@ -39,3 +39,14 @@ def test_one_node() -> None:
     slow = choose_codecs(costs_of(node, 1e8, 0), node, LAYER, "direct", FAST).compression
     assert (slow.inter, slow.intra) == ("none", "hadamard_int8")
     assert choose_codecs(costs_of(node, 1e12, 0), node, LAYER, "direct", SLOW).compression.names() == ["none"]
+
+
+def test_the_preferred_codec_unless_another_is_faster() -> None:
+    costs = costs_of(TWO_BY_EIGHT, 100e9, 1e9)
+    small = CodecCost("int8", 0.25, 1e-12)
+    alike = choose_codecs(costs, TWO_BY_EIGHT, LAYER, "direct", FAST, small).compression
+    assert alike.inter == "hadamard_int8"
+    filled_up = CodecCost("hadamard_int8", 0.69, 1e-12)  # rows much shorter than its blocks
+    choice = choose_codecs(costs, TWO_BY_EIGHT, LAYER, "direct", filled_up, small)
+    assert (choice.compression.inter, choice.compression.intra) == ("int8", "none")
+    assert "int8 between nodes" in choice.reason

@@ -1,0 +1,119 @@
+"""Times a layer with the framework's own dispatch too, and goes back to it where that is faster.
+
+For layers whose ranks share one node: there fewer bytes and overlap may gain less than planmoe's own work costs.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from planmoe_ds.auto_planner import Planner
+from planmoe_ds.backend import Clock, Stamp
+from planmoe_ds.choose import TIE, in_words
+from planmoe_ds.group import ExpertGroup
+from planmoe_ds.planner import MEASURED, WARM_UP
+
+Layer = Callable[[torch.Tensor], torch.Tensor]  # hidden states [..., H] -> output [..., H]
+
+
+@dataclass
+class _Times:
+    """When one call's forward and backward began and ended."""
+
+    forward: list[Stamp] = field(default_factory=list)
+    backward: list[Stamp] = field(default_factory=list)
+
+    def seconds(self) -> float:
+        """Both passes; on an accelerator once they are done."""
+        return sum(end.ns() - start.ns() for start, end in (self.forward, self.backward)) * 1e-9
+
+
+class StockTrial:
+    """Which of two dispatches a layer uses, the same on all ranks of its group.
+
+    Once the planner has settled, some calls with planmoe and some with the framework's dispatch are timed, forward and
+    backward. The dispatch only changes while no call waits for its backward: what is recomputed there must be what ran.
+    """
+
+    def __init__(self, group: ExpertGroup, planner: Planner, report: Callable[[str, str], None]) -> None:
+        self._group, self._planner, self._report = group, planner, report
+        self._clock = Clock(group.comm.device)
+        self._times: dict[bool, list[_Times]] = {False: [], True: []}  # by uses_stock
+        self._num_open = 0
+        self._stock_wins: bool | None = None
+        self._is_over = False
+        self.uses_stock = False
+
+    def run(self, hidden: torch.Tensor, planmoe: Layer, stock: Layer) -> torch.Tensor:
+        """The layer on hidden states [..., H], one way or the other; every rank of the group calls this."""
+        is_fresh = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        if self._is_over or not is_fresh or not hidden.requires_grad or not self._planner.is_settled:
+            return (stock if self.uses_stock else planmoe)(hidden)
+        if self._num_open == 0:
+            self._change()
+        layer = stock if self.uses_stock else planmoe
+        if self._is_over:
+            return layer(hidden)
+        output = self._run_timed(hidden, layer)
+        if self._stock_wins is None and not self.uses_stock and self._times[True]:
+            self._decide()  # after a call of planmoe's, which has found the ranks to be in step
+        return output
+
+    def _change(self) -> None:
+        """Take the other dispatch when there are times enough of this one, and in the end the better one."""
+        if self._stock_wins is not None:
+            self._is_over, self.uses_stock = True, self._stock_wins
+        elif self.uses_stock:
+            self.uses_stock = len(self._times[True]) < WARM_UP + MEASURED
+        else:
+            self.uses_stock = len(self._times[False]) >= MEASURED
+
+    def _run_timed(self, hidden: torch.Tensor, layer: Layer) -> torch.Tensor:
+        times, found = _Times(), self._times[self.uses_stock]
+
+        def begin() -> None:
+            times.backward.append(self._clock.stamp())
+
+        def end() -> None:
+            times.backward.append(self._clock.stamp())
+            self._num_open -= 1
+            if len(times.backward) == 2:
+                found.append(times)
+
+        self._num_open += 1
+        times.forward.append(self._clock.stamp())
+        output: torch.Tensor = _Mark.apply(layer(_Mark.apply(hidden, end)), begin)  # type: ignore[no-untyped-call]
+        times.forward.append(self._clock.stamp())
+        return output
+
+    def _decide(self) -> None:
+        seconds = [
+            statistics.median(times.seconds() for times in self._times[way][-MEASURED:]) for way in (False, True)
+        ]
+        total = torch.tensor(seconds, dtype=torch.float64, device=self._group.comm.device)
+        dist.all_reduce(total, group=self._group.comm.groups[0])
+        ours, theirs = (total / self._group.size).tolist()
+        self._stock_wins = theirs * (1 + TIE) < ours
+        choice = "the framework's own dispatch from now on" if self._stock_wins else "planmoe's dispatch"
+        self._report(
+            choice, f"a layer took {in_words(ours)} with planmoe and {in_words(theirs)} without, forward and backward"
+        )
+
+
+class _Mark(torch.autograd.Function):
+    """The identity; tells when backward comes by."""
+
+    @staticmethod
+    def forward(ctx, tensor, function):  # type: ignore[no-untyped-def]
+        ctx.function = function
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        ctx.function()
+        return grad, None
