@@ -21,12 +21,14 @@ from planmoe_ds.backend import (
     routes_on_device,
 )
 from planmoe_ds.config import ChunkBy
+from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.headers import Header, check_headers, check_launches
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, RowTrip, plan_row_trip
 
 NO_ROUTE = -1  # expert index of a route that the router dropped
+MOST_BYTES = 1 << 46  # of rows in one message: more is an error
 PIECE_BYTES = 1 << 17  # messages between nodes are not cut into smaller pieces than this
 
 
@@ -206,6 +208,7 @@ def _agree_on_host(
     notes = _check_opening(received, opening, request, group)
     tokens = _Order(order.near_token, order.far_token, order.near_sent, order.far_sent)
     counts_of = _unpack(received[:, opening.shape[1] :], [values.shape for values in sent.values()])
+    _check_counts(counts_of, request, group)
     return _Agreement(tokens, counts_of, notes)
 
 
@@ -239,6 +242,7 @@ def _agree_on_device(
         raise ValueError(f"{invalid} routes lead to experts that do not exist, there are {num_experts}")
     notes = _check_opening(theirs, opening, request, group)
     sent, received = (_unpack(side[:, first:], shapes) for side in (mine, theirs))
+    _check_counts(received, request, group)
     far_sent = (sent.far_PXB if sent.passed_PXB is None else sent.passed_PXB).transpose(0, 1)
     near_sent = sent.near_PX.t()
     sizes = torch.stack([near_sent.sum(1), far_sent.sum((1, 2))], dim=1).flatten().tolist()
@@ -326,6 +330,28 @@ def _check_opening(
     check_headers(received[:, 1:first_note].tolist(), header, group.global_ranks)
     check_launches(received[:, :1], opening[:, :1], header.layer, group.global_ranks, group.rank)
     return tuple(received[:, first_note:first_count].amax(0).tolist())
+
+
+def _check_counts(received: _Counts, request: PlanRequest, group: ExpertGroup) -> None:
+    """Sizes of buffers are made from what peers say: PlanMoEMismatchError names those whose numbers cannot be.
+
+    A token that a rank sends is for one expert of the receiver at least and for each route's at most; a rank that
+    passes rows on gives each rank of its node as many at most.
+    """
+    bounds = [torch.aminmax(values.flatten(1), dim=1) for values in received.values()]
+    wrong_P = sum((low < 0) | (high > MOST_BYTES // request.row_bytes) for low, high in bounds) > 0
+    entries_PX = received.expert_rows_PXL.sum(-1)
+    rows_PX = received.near_PX + received.far_PXB.sum(-1)
+    wrong_P |= ((entries_PX < rows_PX) | (entries_PX > request.header.routes_per_token * rows_PX)).any(1)
+    if received.passed_PXB is not None and received.fan_PXBG is not None:
+        wrong_P |= (received.fan_PXBG.amax(-1) > received.passed_PXB).flatten(1).any(1)
+    if bool(wrong_P.any()):
+        ranks = [group.global_ranks[place] for place in wrong_P.nonzero().flatten().tolist()]
+        raise PlanMoEMismatchError(
+            f"layer {request.header.layer}: what ranks {ranks} say that they send to rank "
+            f"{group.global_ranks[group.rank]} cannot be: numbers of rows are negative, do not fit together, or are "
+            "more than any machine holds. The message was damaged on its way, or planmoe is not the same there"
+        )
 
 
 def _exchange_message(

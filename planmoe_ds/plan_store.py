@@ -37,10 +37,10 @@ class PlanStore:
         error: StoredPlanError | None = None
         if group.rank == 0:
             try:
-                plan = load_plan(self._path, _cluster(group), self.model)
+                plan = load_plan(self._path, _cluster(group), self.model, num_chunks)
                 message[0] = _NONE if plan is None else _FOUND
                 if plan is not None:
-                    message[1:] = vector_of(*plan.costs()).flatten()
+                    message[1:] = vector_of(*plan.costs(num_chunks)).flatten()
             except StoredPlanError as found:
                 error = found
                 message[0] = _REFUSED

@@ -1,7 +1,8 @@
 """Decides the order of a layer's tasks: at once where the scheduler needs no costs, else from the first calls' times.
 
 All ranks of a group follow one order. Times are averaged over them, the first rank decides and tells the others, all in
-the same call of the layer.
+the same call of the layer. The order of chunks is the order in which weight gradients, and tokens' sums over chunks of
+experts, are added up: an order that follows times gives other bits in the next run.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ class LayerPlanner:
         num_chunks: int,
         max_in_flight: int | None,
         store: PlanStore | None = None,
+        *,
+        learns: bool = True,
     ) -> None:
+        """learns: False keeps the first order, whatever the scheduler would make of the calls' times."""
         self._scheduler = make_scheduler(scheduler)
         self._store = store
         self._group = group
@@ -74,7 +78,7 @@ class LayerPlanner:
         self._calls = 0
         self._planned_for: float | None = None
         self._measurements: list[Measurement] = []
-        self._learns = self._scheduler.uses_costs and group.size > 1
+        self._learns = learns and self._scheduler.uses_costs and group.size > 1
         first = PipelinedScheduler() if self._scheduler.uses_costs else self._scheduler
         forward, backward = (self._graph(None, backward=backward) for backward in (False, True))
         self._orders = CallOrders(_order(forward, first), _order(backward, first))

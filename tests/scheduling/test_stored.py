@@ -24,25 +24,25 @@ def path(tmp_path: Path) -> Path:
 def test_what_is_written_comes_back(path: Path) -> None:
     rng = random.Random(1)
     forward, backward = (random_chunks(rng, 3, backward=backward) for backward in (False, True))
-    plan = load_plan(path, "two nodes", "gpt")
+    plan = load_plan(path, "two nodes", "gpt", 3)
     assert plan is not None
-    assert plan.costs() == (forward, backward)
+    assert plan.costs(3) == (forward, backward)
     save_plan(path, "two nodes", "gpt", forward, None)
-    plan = load_plan(path, "two nodes", "gpt")
+    plan = load_plan(path, "two nodes", "gpt", 3)
     assert plan is not None
-    assert plan.costs() == (forward, None)
+    assert plan.costs(3) == (forward, None)
     assert [file.name for file in path.parent.iterdir()] == ["plan.json"]
 
 
 def test_no_plan(tmp_path: Path) -> None:
-    assert load_plan(tmp_path / "plan.json", "two nodes", "gpt") is None
+    assert load_plan(tmp_path / "plan.json", "two nodes", "gpt", 3) is None
 
 
 def test_plans_of_others_are_refused(path: Path) -> None:
     with pytest.raises(StoredPlanError, match="plan for cluster 'two nodes', this is 'three nodes'"):
-        load_plan(path, "three nodes", "gpt")
+        load_plan(path, "three nodes", "gpt", 3)
     with pytest.raises(StoredPlanError, match="plan for model 'gpt', this is 'bert'"):
-        load_plan(path, "two nodes", "bert")
+        load_plan(path, "two nodes", "bert", 3)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_plans_of_others_are_refused(path: Path) -> None:
 def test_damaged_plans_are_refused(path: Path, change: dict[str, Any], words: str) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(StoredPlanError, match=words):
-        load_plan(path, "two nodes", "gpt")
+        load_plan(path, "two nodes", "gpt", 3)
     path.write_text(path.read_text().replace("{", "[", 1))
     with pytest.raises(StoredPlanError, match="cannot be used"):
-        load_plan(path, "two nodes", "gpt")
+        load_plan(path, "two nodes", "gpt", 3)
 
 
 def test_negative_costs_are_refused(path: Path) -> None:
@@ -69,4 +69,4 @@ def test_negative_costs_are_refused(path: Path) -> None:
     content["forward"][1]["expert"] = -1.0
     path.write_text(json.dumps(content))
     with pytest.raises(StoredPlanError, match=r"chunk 1: expert takes -1.0 seconds"):
-        load_plan(path, "two nodes", "gpt")
+        load_plan(path, "two nodes", "gpt", 3)
