@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from planmoe_ds.backend import Comm
 from planmoe_ds.errors import PlanMoEError, PlanMoEMismatchError
+from planmoe_ds.job_store import job_store
 
 PERIOD_SECONDS = 0.5  # at least; stretched so that the store never gets more than MAX_CALLS_PER_SECOND
 MAX_CALLS_PER_SECOND = 4000
@@ -136,12 +137,12 @@ class _Monitor(threading.Thread):
         self._period = max(PERIOD_SECONDS, 3 * self.world_size / MAX_CALLS_PER_SECOND)
 
     def _own_store(self) -> Store:
-        store = _get_default_store()
-        round_number = store.add(f"planmoe/watchdogs/{self.rank}", 1)
+        store = job_store()
+        round_number = store.add(f"watchdogs/{self.rank}", 1)
         if hasattr(store, "clone"):
             with contextlib.suppress(RuntimeError, NotImplementedError):
                 store = store.clone()  # a connection of its own: the program may block on the other one
-        return PrefixStore(f"planmoe/watch/{round_number}", store)
+        return PrefixStore(f"watch/{round_number}", store)
 
     def move(self, position: Position) -> None:
         """Be somewhere else; cheap."""

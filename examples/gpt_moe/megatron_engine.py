@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data import VOCABULARY_SIZE, language_loss
 from errors import ExampleError
-from launch_env import ProcessPlace
+from launch_env import ProcessPlace, meet_ranks
 from megatron_options import Options
 
 BALANCE_LOSS_WEIGHT = 0.01
@@ -122,7 +122,7 @@ def join_ranks(place: ProcessPlace, options: Options) -> torch.device:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    meet_ranks("nccl" if device.type == "cuda" else "gloo")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=options.model.tp_size,
         expert_model_parallel_size=options.model.ep_size,

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import planmoe_ds.layer as layer_module
-from tests.engine.support import drop_groups
-from tests.faults.layers import HIDDEN, Model, batch, in_backward, seconds_until_error
+from tests.engine.support import drop_groups, routes_of, run_layer
+from tests.faults.layers import HIDDEN, NUM_EXPERTS, Model, batch, in_backward, seconds_until_error
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -162,3 +162,23 @@ def unaffected_gradient() -> float:
 
 def test_without_a_fault(ranks: RankPool) -> None:
     assert all(value > 0 for value in ranks.run(4, unaffected_gradient))
+
+
+def with_another_capacity(settings: dict[str, object]) -> float:
+    """How much a layer's output changes when one rank has twice the slots per expert."""
+    model = Model(settings)
+    tokens, experts = batch()
+    routes = routes_of(experts, NUM_EXPERTS)
+    usual = run_layer(model.layers[0], tokens, routes, model.experts[0])
+    assert routes.capacity is not None
+    factor = 2 if dist.get_rank() == ODD else 1
+    routes = dataclasses.replace(routes, capacity=factor * routes.capacity)
+    output = run_layer(model.layers[0], tokens, routes, model.experts[0])
+    output.sum().backward()
+    return float((output - usual).abs().max())
+
+
+@pytest.mark.parametrize("settings", [{"exactness": "exact", "chunks": 1}, {}], ids=["padded", "ragged"])
+def test_another_capacity_is_no_fault(ranks: RankPool, settings: dict[str, object]) -> None:
+    """Empty slots do not travel: stock layers hang here (see docs/reliability.md)."""
+    assert max(ranks.run(4, with_another_capacity, settings)) < 1e-6
