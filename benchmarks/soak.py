@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._example import join_ranks, make_engine, take_step
-from benchmarks.cluster import ClusterSpec, run_on_cluster
+from benchmarks.cluster import SKIP, ClusterSpec, run_on_cluster
 from benchmarks.cluster.spec import bits_per_second
 
 FOLDER = "SOAK_FOLDER"  # set for ranks: where each writes what it found
@@ -111,7 +111,8 @@ def run(words: list[str], minutes: float, arguments: argparse.Namespace) -> list
         command = [sys.executable, str(Path(__file__).resolve()), *words]
         done = run_on_cluster(spec, command, 60 * minutes + 300, environment=environment)
         if done.skip_reason is not None:
-            sys.exit(f"SKIP: {done.skip_reason}")
+            print(f"SKIP: {done.skip_reason}", file=sys.stderr)
+            sys.exit(SKIP)
         if done.returncode != 0:
             sys.exit(f"the run ended with exit code {done.returncode}:\n{done.stderr[-5000:]}")
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(spec.world_size)]

@@ -151,11 +151,10 @@ class _Monitor(threading.Thread):
             self._history.append(position)
 
     def stop(self) -> None:
-        """Say that this rank ended, and end the threads."""
+        """End the threads; the one that talks to the store says that this rank ended."""
         self._stopping.set()
-        self._ask(lambda: self._store.set(f"ended/{self.rank}", "1"), None)
-        if self.is_alive() and threading.current_thread() is not self:
-            self.join(timeout=2 * self._period + 1)
+        if threading.current_thread() is not self:
+            self.join(timeout=ANSWER_SECONDS)
 
     def explain(self, error: RuntimeError, what: str) -> Reason:
         """The reason why a wait failed: one that is known, or else this error, which all ranks then learn."""
@@ -189,8 +188,9 @@ class _Monitor(threading.Thread):
                 answers.append(question())
 
         thread = threading.Thread(target=ask, name="planmoe-ask", daemon=True)
-        thread.start()
-        thread.join(timeout=ANSWER_SECONDS)
+        with contextlib.suppress(RuntimeError):  # the interpreter is about to end
+            thread.start()
+            thread.join(timeout=ANSWER_SECONDS)
         return answers[-1]
 
     def _give_in_time(self, reason: Reason) -> None:
@@ -206,6 +206,9 @@ class _Monitor(threading.Thread):
         if failures and self.position.waits:
             text = f"rank {self.rank} lost the job's store: the process that serves it, rank 0 or the launcher, is gone"
             self._stop_all(Reason(self.rank, "error", text))
+        if self._stopping.is_set():
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"ended/{self.rank}", "1")
 
     def _watch_the_clock(self) -> None:
         """Stop a rank that waits while the store does not answer."""

@@ -97,12 +97,12 @@ def meet_ranks(backend: str) -> None:
     attempt has keys of its own.
     """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store, rank, world_size = next(iter(dist.rendezvous("env://")))
-    dist.init_process_group(
-        backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world_size
-    )
+    store, rank, world_size = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world_size)
 
 
 def run_on_this_rank(run: Callable[[ProcessPlace], int], program: str) -> int:

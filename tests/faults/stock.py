@@ -110,9 +110,13 @@ def on_rank(framework: str, fault: str, planmoe: bool) -> Found:
 
 def watch(framework: str, fault: str, planmoe: bool, seconds: float) -> list[str]:
     """What became of every rank."""
+    from tests.faults.stock import on_rank as function  # by its name, which this script's own is not
+
     pool = RankPool(preload=False)
     try:
-        outcomes = pool.run(RANKS, on_rank, framework, fault, planmoe, expect_failure=True, fresh=True, timeout=seconds)
+        outcomes = pool.run(
+            RANKS, function, framework, fault, planmoe, expect_failure=True, fresh=True, timeout=seconds
+        )
     except AssertionError as error:
         stuck = getattr(error, "stuck", ())
         return [f"ranks {list(stuck)} hang after {seconds:g} s"]

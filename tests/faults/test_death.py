@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import planmoe_ds.watchdog as watchdog_module
+from tests.engine.support import rank_device
 from tests.faults.layers import HIDDEN, Model, batch, die, in_backward, seconds_until_error
 from tests.harness.ranks import RankPool
 
@@ -25,7 +26,7 @@ class Expert(nn.Module):
 
     def __init__(self, action: Any) -> None:
         super().__init__()
-        self.linear = nn.Linear(HIDDEN, HIDDEN)
+        self.linear = nn.Linear(HIDDEN, HIDDEN).to(rank_device())
         self.action = action
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:

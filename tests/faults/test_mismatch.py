@@ -105,15 +105,19 @@ CASES: dict[Any, list[str]] = {
 Found = tuple[float, str, str]  # seconds, class, message
 
 
+def run_case(case: Any, settings: dict[str, object]) -> Found:
+    """One case, in processes of its own."""
+    model = Model(settings)
+    dist.barrier()
+    return seconds_until_error(lambda: case(model))
+
+
 def run_cases(settings: dict[str, object]) -> dict[str, Found]:
     """Every case, one after the other: a job's other groups go on working after one met an error."""
     found = {}
     for case in CASES:
-        model = Model(settings)
+        found[case.__name__] = run_case(case, settings)
         dist.barrier()
-        found[case.__name__] = seconds_until_error(lambda case=case, model=model: case(model))  # type: ignore[misc]
-        dist.barrier()
-        del model
         drop_groups()
     return found
 

@@ -17,7 +17,7 @@ import torch
 
 from tests.example.conftest import ROOT, TINY_MODEL, TINY_RUN, environment_of_ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600)]
 
 SCRIPT = Path(__file__).with_name("broken_pretrain.py")
 STEPS, SAVE_EVERY = 6, 2
@@ -202,3 +202,25 @@ def test_a_full_disk(small_disk: Path, config: Path) -> None:
     assert f"into {small_disk / 'checkpoints'}" in printed
     assert "Make room" in printed
     assert os.path.ismount(small_disk)
+
+
+def test_the_megatron_example_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """What it reads back is read without running code; see tests/faults/test_files.py."""
+    sizes = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --num-experts 4 --seq-length 32"
+    run_length = "--train-iters 4 --save-interval 2 --micro-batch-size 2 --eval-iters 1 --sample-bytes 4"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *(str(ROOT / "examples/gpt_moe/pretrain_megatron.py"), *sizes.split(), *run_length.split()),
+        *("--moe-token-dispatcher", "planmoe", "--save", str(tmp_path)),
+    ]
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment_of_ranks(), capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert latest(tmp_path) == "step4"
+        found.append(parameters(tmp_path, 4))
+        (tmp_path / "checkpoints" / "latest").write_text("step2", encoding="utf-8")
+    assert "resuming after step 2" in done.stdout
+    assert_same(*found)
