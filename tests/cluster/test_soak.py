@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cluster import SKIP
-from benchmarks.soak import growth
+from benchmarks.soak import WARM_UP, growth
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,5 +25,9 @@ def test_a_short_soak() -> None:
 
 
 def test_growth_is_seen() -> None:
-    assert growth([500.0] * 20 + [100.0] * 80) == 0
-    assert growth([100.0 + step for step in range(100)]) > 0.3
+    assert growth([float(step) for step in range(WARM_UP)] + [100.0] * 300) == 0
+    leaking = growth([100.0 + step for step in range(WARM_UP + 300)])
+    assert leaking is not None
+    assert leaking > 0.3
+    assert growth([100.0] * 2 * WARM_UP) == 0
+    assert growth([100.0] * (2 * WARM_UP - 1)) is None

@@ -94,6 +94,7 @@ def megatron_layers(settings: dict[str, Any] | None) -> tuple[Layers, Callable[[
         for module in modules:
             config = dataclasses.replace(module.config, moe_expert_capacity_factor=2.0)
             module.token_dispatcher.config = module.router.config = config
+            module.token_dispatcher.moe_expert_capacity_factor = 2.0
 
     return [lambda rows, module=module: module(rows)[0] for module in modules], spoil  # type: ignore[misc]
 
