@@ -100,7 +100,7 @@ def captured(arguments: argparse.Namespace) -> dict[str, Any]:
         path = Path(folder) / "rows.pt"
         command = [sys.executable, __file__, f"--capture={path}", *(["--quick"] if arguments.quick else [])]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return torch.load(path)
+        return torch.load(path, weights_only=True)
 
 
 def quality(kinds: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,11 +6,12 @@ import json
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from planmoe_ds.errors import PlanMoEError, PlanMoEMismatchError
+from planmoe_ds.job_store import job_store
 
-PREFIX = "planmoe/agreement"
+PREFIX = "agreement"
 PATIENCE = timedelta(minutes=10)  # how far apart ranks may reach the start
 OFF_PATIENCE = timedelta(seconds=15)  # the same for a rank where planmoe is off: the others may never ask
 UNHEARD = "planmoe is off on rank 0, which did not wait for "
@@ -28,7 +29,7 @@ def check_agreement(settings: dict[str, str]) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
         return
-    store = PrefixStore(PREFIX, _get_default_store())
+    store = PrefixStore(PREFIX, job_store())
     call = store.add(f"calls/{rank}", 1)  # several engines in one job: each has a round of its own
     store.set(f"{call}/{rank}", json.dumps(settings))
     is_off = settings.get(ENABLED) == "False"

@@ -160,11 +160,11 @@ def make_planner(
     config: PlanMoEConfig, group: ExpertGroup, layer: int, store: PlanStore | None, log: ChoiceLog
 ) -> Planner:
     """The planner that a layer's config asks for."""
-    scheduler = None if config.scheduler == AUTO else config.scheduler
+    scheduler, learns = None if config.scheduler == AUTO else config.scheduler, not config.deterministic
     if group.size == 1:  # nothing travels
-        return LayerPlanner(scheduler or "sequential", group, 1, config.max_in_flight, store)
+        return LayerPlanner(scheduler or "sequential", group, 1, config.max_in_flight, store, learns=learns)
     if isinstance(config.chunks, int) and scheduler is not None:
-        return LayerPlanner(scheduler, group, config.chunks, config.max_in_flight, store)
+        return LayerPlanner(scheduler, group, config.chunks, config.max_in_flight, store, learns=learns)
     if isinstance(config.chunks, int):
         candidates: tuple[int, ...] = (config.chunks,)
     else:  # exact results are the framework's only with its GEMMs' shapes

@@ -73,6 +73,11 @@ class PlanMoEConfig(Section):
     exactness: Exactness | None = Field(
         None, strict=False, description="'exact', 'reordered' or 'lossy'; by default what the codecs imply"
     )
+    deterministic: bool = Field(
+        False,
+        description="true: two runs with one seed and number of ranks end with the same bits; nothing follows "
+        "measured times",
+    )
     ranks_per_node: int | tuple[int, ...] | None = Field(
         None, description="ranks on every node, one number or a list of one per node; by default found from the hosts"
     )
@@ -118,6 +123,16 @@ class PlanMoEConfig(Section):
             raise ValueError(
                 f"exactness 'exact' excludes comm '{self.comm}', which adds up inside a node before rows cross back "
                 "and so in another order; set exactness to 'reordered' or comm to 'pipe', 'direct' or 'auto'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reproducible(self) -> PlanMoEConfig:
+        measured = [key for key in ("comm", "compression", "chunks", "scheduler") if getattr(self, key) == AUTO]
+        if self.deterministic and measured:
+            raise ValueError(
+                f"deterministic excludes {measured[0]} '{AUTO}', which is chosen by measured times that the next run "
+                "may not find again; name one, such as the one that the line at start of a run with 'auto' names"
             )
         return self
 

@@ -26,7 +26,7 @@ from planmoe_ds.pipeline import LayerCall, run_experts
 from planmoe_ds.plan import PlanRequest, Routes, RoutingPlan, build_plan
 from planmoe_ds.plan_store import PlanStore
 from planmoe_ds.recorder import Label, Recorder
-from planmoe_ds.rows import RowOrder, order_rows
+from planmoe_ds.rows import RowOrder, add_at, order_rows
 from planmoe_ds.wire import token_columns
 
 
@@ -93,14 +93,14 @@ class ExpertParallelLayer:
         label = Label("plan", self.index, -1, "forward")
         with self.group.working(label.describe(), PLAN_PHASE):
             plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
+            orders = self._planner.next_call(self._facts(header))
         self.recorder.add_load(self.index, routes.expert_KT, routes.num_experts)
         keep_graph = torch.is_grad_enabled()
         codecs, meter = self._agreed_codecs(plan, tokens_TH.dtype, keep_graph)
         check_leaves = keep_graph and not self._leaves_checked
         call = LayerCall(
             plan, columns, tokens_TH.shape[1], tokens_TH.dtype, self._with_groups(experts, tokens_TH.device),
-            self.group, codecs, self.recorder, self.index, order, keep_graph, check_leaves,
-            self._planner.next_call(self._facts(header)), meter,
+            self.group, codecs, self.recorder, self.index, order, keep_graph, check_leaves, orders, meter,
         )  # fmt: skip
         result = run_experts(tokens_TH.contiguous(), routes.weight_KT, call)
         self._leaves_checked |= check_leaves
@@ -190,4 +190,4 @@ def combine(rows_NH: torch.Tensor, row_of_route_KT: torch.Tensor, weight_KT: tor
 
 def add_up(rows_NH: torch.Tensor, token_N: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Sum of every token's rows, [T, H] in the rows' dtype, row after row; token_N: int64 [N]."""
-    return rows_NH.new_zeros((num_tokens, rows_NH.shape[1])).index_add(0, token_N, rows_NH)
+    return add_at(rows_NH.new_zeros((num_tokens, rows_NH.shape[1])), token_N, rows_NH)

@@ -22,12 +22,14 @@ from planmoe_ds.backend import (
 )
 from planmoe_ds.choose import least_piece
 from planmoe_ds.config import ChunkBy
+from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.headers import Header, check_headers, check_launches
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, RowTrip, plan_row_trip
 
 NO_ROUTE = -1  # expert index of a route that the router dropped
+MOST_BYTES = 1 << 46  # of rows in one message: more is an error
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,9 @@ def _agree_on_host(
     _, received = _exchange_message(message.to(expert_KT.device), group, recorder, label)
     notes = _check_opening(received, opening, request, group)
     tokens = _Order(order.near_token, order.far_token, order.near_sent, order.far_sent)
-    counts_of = _unpack(received[:, opening.shape[1] :], [values.shape for values in sent.values()])
+    told = received[:, opening.shape[1] :]
+    counts_of = _unpack(told, [values.shape for values in sent.values()])
+    _check_counts(told, counts_of, request, group)
     return _Agreement(tokens, counts_of, notes)
 
 
@@ -239,6 +243,7 @@ def _agree_on_device(
         raise ValueError(f"{invalid} routes lead to experts that do not exist, there are {num_experts}")
     notes = _check_opening(theirs, opening, request, group)
     sent, received = (_unpack(side[:, first:], shapes) for side in (mine, theirs))
+    _check_counts(theirs[:, first:], received, request, group)
     far_sent = (sent.far_PXB if sent.passed_PXB is None else sent.passed_PXB).transpose(0, 1)
     near_sent = sent.near_PX.t()
     sizes = torch.stack([near_sent.sum(1), far_sent.sum((1, 2))], dim=1).flatten().tolist()
@@ -326,6 +331,41 @@ def _check_opening(
     check_headers(received[:, 1:first_note].tolist(), header, group.global_ranks)
     check_launches(received[:, :1], opening[:, :1], header.layer, group.global_ranks, group.rank)
     return tuple(received[:, first_note:first_count].amax(0).tolist())
+
+
+def _check_counts(message: torch.Tensor, received: _Counts, request: PlanRequest, group: ExpertGroup) -> None:
+    """Sizes of buffers are made from what peers say: PlanMoEMismatchError names those whose numbers cannot be.
+
+    message: int64 [P, width], with all of `received`. A token that a rank sends is for one expert of the receiver at
+    least and for each route's at most; a rank that passes rows on gives each rank of its node as many at most.
+    """
+    top_k = request.header.routes_per_token
+    if _are_numbers_of_rows(message, request.row_bytes) and _fit_together(received, top_k):
+        return
+    wrong = []
+    for place, rank in enumerate(group.global_ranks):
+        own = _Counts(*(values[place : place + 1] for values in received.values()))
+        if not (_are_numbers_of_rows(message[place], request.row_bytes) and _fit_together(own, top_k)):
+            wrong.append(rank)
+    raise PlanMoEMismatchError(
+        f"layer {request.header.layer}: what ranks {wrong} say that they send to rank "
+        f"{group.global_ranks[group.rank]} cannot be: numbers of rows are negative, do not fit together, or are more "
+        "than any machine holds. The message was damaged on its way, or planmoe is not the same there"
+    )
+
+
+def _are_numbers_of_rows(message: torch.Tensor, row_bytes: int) -> bool:
+    low, high = torch.aminmax(message)
+    return low.item() >= 0 and high.item() <= MOST_BYTES // row_bytes  # so that no sum of them overflows
+
+
+def _fit_together(received: _Counts, top_k: int) -> bool:
+    entries_PX = received.expert_rows_PXL.sum(-1)
+    rows_PX = received.near_PX + received.far_PXB.sum(-1)
+    spare = [entries_PX - rows_PX, top_k * rows_PX - entries_PX]
+    if received.passed_PXB is not None and received.fan_PXBG is not None:
+        spare.append(received.passed_PXB - received.fan_PXBG.amax(-1))
+    return all(values.min().item() >= 0 for values in spare)
 
 
 def _exchange_message(

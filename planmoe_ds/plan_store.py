@@ -39,11 +39,10 @@ class PlanStore:
         error: StoredPlanError | None = None
         if group.rank == 0:
             try:
-                plan = load_plan(self._path, _cluster(group), facts)
+                plan = load_plan(self._path, _cluster(group), facts, num_chunks)
                 message[0] = _NONE
                 if plan is not None:
                     costs = vector_of(*plan.costs())
-                    _check_chunks(self._path, costs.shape[1], num_chunks)
                     message[0] = costs.shape[1]
                     message[1 : 1 + costs.numel()] = costs.flatten()
             except StoredPlanError as found:
@@ -70,11 +69,6 @@ class PlanStore:
     @property
     def _path(self) -> Path:
         return self.folder / f"layer-{self.layer}.json"
-
-
-def _check_chunks(path: Path, stored: int, wanted: int | None) -> None:
-    if wanted is not None and stored != wanted:
-        raise StoredPlanError(f"{path} is a plan for {stored} chunks, the layer has {wanted}: delete it")
 
 
 def _cluster(group: ExpertGroup) -> dict[str, str]:

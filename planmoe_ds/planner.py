@@ -1,7 +1,8 @@
 """Decides the order of a layer's tasks: at once where the scheduler needs no costs, else from the first calls' times.
 
 All ranks of a group follow one order. Times are averaged over them, the first rank decides and tells the others, all in
-the same call of the layer.
+the same call of the layer. The order of chunks is the order in which weight gradients, and tokens' sums over chunks of
+experts, are added up: an order that follows times gives other bits in the next run.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class CallOrders:
 class LayerPlanner:
     """One layer's orders, for a fixed number of chunks.
 
-    fresh: learns whatever the scheduler, and from this run's calls alone.
+    fresh: learns whatever the scheduler, and from this run's calls alone. learns: False keeps the first order, whatever
+    the scheduler would make of the calls' times.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class LayerPlanner:
         store: PlanStore | None = None,
         *,
         fresh: bool = False,
+        learns: bool = True,
     ) -> None:
         self._scheduler = make_scheduler(scheduler)
         self._store = store
@@ -82,7 +85,7 @@ class LayerPlanner:
         self._facts: Mapping[str, str] = {}
         self._planned_for: float | None = None
         self._measurements: list[Measurement] = []
-        self._learns = (self._scheduler.uses_costs or fresh) and group.size > 1
+        self._learns = learns and (self._scheduler.uses_costs or fresh) and group.size > 1
         self._loads = store is not None and not fresh
         self._use_of_links: LinkUse = link_use(group)
         first = PipelinedScheduler() if self._scheduler.uses_costs else self._scheduler

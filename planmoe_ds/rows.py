@@ -111,3 +111,14 @@ def _runs(start: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     counts = count.flatten()
     before = counts.cumsum(0) - counts
     return torch.repeat_interleave(start.flatten() - before, counts) + torch.arange(int(counts.sum()))
+
+
+def add_at(total: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Add rows [N, H] to those of `total` [T, H] at index, int64 [N], in their order, so with the same bits each time.
+
+    On accelerators index_add_ would add in the order of arrival (atomics), where index_put_ sorts; on the CPU it is the
+    other way round.
+    """
+    if total.device.type == "cpu":
+        return total.index_add_(0, index, rows)
+    return total.index_put_((index,), rows, accumulate=True)

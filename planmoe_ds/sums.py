@@ -11,6 +11,7 @@ import torch
 
 from planmoe_ds.backend import Compressor, make_compressor, sum_rows, sums_on_device, unpack_add
 from planmoe_ds.plan import ChunkPlan, SidePlan
+from planmoe_ds.rows import add_at
 
 if TYPE_CHECKING:
     from planmoe_ds.group import Sides
@@ -68,7 +69,7 @@ class Sums:
             unpack_add(codec, wire, self._wire.dtype, side.token, self._values)
             if self._num_extra and wire.shape[0] > 0:
                 extra = self._extra_columns(wire, codec).clone(memory_format=torch.contiguous_format).view(wide)
-                self.extra().index_add_(0, side.token, extra)
+                add_at(self.extra(), side.token, extra)
 
     def _add_on_device(self, chunk: ChunkPlan, rows: Sides) -> None:
         wide, (first, last) = self._wire.wide_dtype, chunk.tokens

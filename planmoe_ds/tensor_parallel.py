@@ -11,7 +11,7 @@ import torch
 
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.plan import NO_ROUTE, Routes
-from planmoe_ds.rows import RowOrder
+from planmoe_ds.rows import RowOrder, add_at
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ class _OwnRows(torch.autograd.Function):
         by_expert = torch.argsort(torch.cat([order.expert_N for order in ctx.orders]), stable=True)
         token_A = torch.cat([order.token_N for order in ctx.orders])
         grad_tokens = grads_AH.new_zeros((ctx.num_tokens, grads_AH.shape[1]))
-        grad_tokens.index_add_(0, token_A[by_expert], grads_AH[by_expert])
-        return grad_tokens, None, None
+        return add_at(grad_tokens, token_A[by_expert], grads_AH[by_expert]), None, None
 
 
 def _all_rows(rows: torch.Tensor, counts: tuple[int, ...], split: TensorParallelSplit) -> torch.Tensor:

@@ -3,7 +3,9 @@
 Every rank has one thread that talks to the others through the job's own key-value store, about once a second: it says
 where its rank is, that it lives, and looks for a reason to stop that another rank wrote. Only while its rank waits does
 it look at the others: a rank that is waiting in the same exchange for something else, that ended its program, or that
-has not been heard of for a while is a reason. The training threads never touch the store.
+has not been heard of for a while is a reason. A store behind a dead link never answers and never fails either: so a
+second thread looks at the clock alone, and nothing that the training threads ask of the store takes longer than
+ANSWER_SECONDS.
 """
 
 from __future__ import annotations
@@ -15,22 +17,26 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from planmoe_ds.backend import Comm
 from planmoe_ds.errors import PlanMoEError, PlanMoEMismatchError
+from planmoe_ds.job_store import job_store
 
 PERIOD_SECONDS = 0.5  # at least; stretched so that the store never gets more than MAX_CALLS_PER_SECOND
 MAX_CALLS_PER_SECOND = 4000
 SILENCE_SECONDS = 20.0  # without a sign of life a rank that others wait for counts as gone
+ANSWER_SECONDS = 5.0  # that a training thread waits for the store
 KEPT_STEPS = 24
 _MOST_STORE_FAILURES = 3
 
 _FAILED = "failed"
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ class Watchdog:
 
 
 class _Monitor(threading.Thread):
-    """The thread; holds no reference to the Watchdog, so that it ends with it."""
+    """The thread that talks to the store; holds no reference to the Watchdog, so that it ends with it."""
 
     def __init__(
         self, comms: Sequence[Comm], members: Mapping[int, Sequence[int]], timeout_seconds: float | None
@@ -126,16 +132,17 @@ class _Monitor(threading.Thread):
         self._store = self._own_store()
         self._published: Position | None = None
         self._beat = 0
+        self._heard = time.monotonic()  # when the store last answered
         self._pulses: dict[int, tuple[bytes, float]] = {}
         self._period = max(PERIOD_SECONDS, 3 * self.world_size / MAX_CALLS_PER_SECOND)
 
     def _own_store(self) -> Store:
-        store = _get_default_store()
-        round_number = store.add(f"planmoe/watchdogs/{self.rank}", 1)
+        store = job_store()
+        round_number = store.add(f"watchdogs/{self.rank}", 1)
         if hasattr(store, "clone"):
             with contextlib.suppress(RuntimeError, NotImplementedError):
                 store = store.clone()  # a connection of its own: the program may block on the other one
-        return PrefixStore(f"planmoe/watch/{round_number}", store)
+        return PrefixStore(f"watch/{round_number}", store)
 
     def move(self, position: Position) -> None:
         """Be somewhere else; cheap."""
@@ -144,22 +151,20 @@ class _Monitor(threading.Thread):
             self._history.append(position)
 
     def stop(self) -> None:
-        """Say that this rank ended, and end the thread."""
+        """End the threads; the one that talks to the store says that this rank ended."""
         self._stopping.set()
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"ended/{self.rank}", "1")
-        if self.is_alive() and threading.current_thread() is not self:
-            self.join(timeout=2 * self._period + 1)
+        if threading.current_thread() is not self:
+            self.join(timeout=ANSWER_SECONDS)
 
     def explain(self, error: RuntimeError, what: str) -> Reason:
         """The reason why a wait failed: one that is known, or else this error, which all ranks then learn."""
         if self.reason is None:
             time.sleep(self._period)  # a rank that is gone takes its neighbours along: who was first?
-            self._read_reason()
+            self._ask(self._read_reason, None)
         if self.reason is None:
             kind = "mismatch" if isinstance(error, PlanMoEMismatchError) else "error"
-            text = f"rank {self.rank} stopped in {what}: {error}\n{self._where_all_are()}"
-            self._give(Reason(self.rank, kind, text))
+            where = self._ask(self._where_all_are, "the job's store does not answer")
+            self._give_in_time(Reason(self.rank, kind, f"rank {self.rank} stopped in {what}: {error}\n{where}"))
         assert self.reason is not None
         return self.reason
 
@@ -172,23 +177,57 @@ class _Monitor(threading.Thread):
                 if kind == "mismatch"
                 else f"rank {self.rank} stopped in {where}: {type(error).__name__}: {error}"
             )
-            self._give(Reason(self.rank, kind, text))
+            self._give_in_time(Reason(self.rank, kind, text))
+
+    def _ask(self, question: Callable[[], _Answer], otherwise: _Answer) -> _Answer:
+        """The answer of something that asks the store, or `otherwise` when it fails or does not answer."""
+        answers = [otherwise]
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(question())
+
+        thread = threading.Thread(target=ask, name="planmoe-ask", daemon=True)
+        with contextlib.suppress(RuntimeError):  # the interpreter is about to end
+            thread.start()
+            thread.join(timeout=ANSWER_SECONDS)
+        return answers[-1]
+
+    def _give_in_time(self, reason: Reason) -> None:
+        self._ask(lambda: self._give(reason), None)
+        self._stop_all(reason)  # unless _give did, with this reason or an earlier one
 
     def run(self) -> None:
         """Until stop()."""
+        threading.Thread(target=self._watch_the_clock, name="planmoe-clock", daemon=True).start()
         failures = 0
         while failures < _MOST_STORE_FAILURES and not self._stopping.wait(self._period):
             failures = 0 if self._look_safely() else failures + 1
         if failures and self.position.waits:
             text = f"rank {self.rank} lost the job's store: the process that serves it, rank 0 or the launcher, is gone"
             self._stop_all(Reason(self.rank, "error", text))
+        if self._stopping.is_set():
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"ended/{self.rank}", "1")
+
+    def _watch_the_clock(self) -> None:
+        """Stop a rank that waits while the store does not answer."""
+        while self.reason is None and not self._stopping.wait(self._period):
+            if self.position.waits and time.monotonic() - self._heard > SILENCE_SECONDS + self._period:
+                text = (
+                    f"rank {self.rank} {self.position.describe()}; the job's store, where ranks say that they live, "
+                    f"has not answered for {SILENCE_SECONDS:g} s: the link to it is cut, or the process that serves "
+                    "it, rank 0 or the launcher, hangs"
+                )
+                self._stop_all(Reason(self.rank, "error", text))
 
     def _look_safely(self) -> bool:
-        """False when the store does not answer."""
+        """False when the store fails, or holds what no rank of this version wrote."""
         try:
             self._look()
-        except RuntimeError:
+        except (RuntimeError, ValueError, TypeError):
             return False
+        self._heard = time.monotonic()
         return True
 
     def _look(self) -> None:

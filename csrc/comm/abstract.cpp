@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <numeric>
 
 namespace planmoe {
@@ -18,6 +19,9 @@ void check_rows(const char* name, const at::Tensor& tensor, const char* splits_n
                     " entries, the group has ", group_size, " ranks");
   for (auto rows : splits)
     TORCH_CHECK_VALUE(rows >= 0, splits_name, " must not be negative, got ", c10::IntArrayRef(splits));
+  const auto largest = *std::max_element(splits.begin(), splits.end());  // larger ones could make the sum overflow
+  TORCH_CHECK_VALUE(largest <= tensor.size(0), splits_name, " add up to ", largest, " rows or more, ", name, " has ",
+                    tensor.size(0));
   auto total = std::accumulate(splits.begin(), splits.end(), int64_t{0});
   TORCH_CHECK_VALUE(total == tensor.size(0), splits_name, " add up to ", total, " rows, ", name, " has ",
                     tensor.size(0));

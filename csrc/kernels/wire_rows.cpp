@@ -131,6 +131,14 @@ const AbstractCompressor& plain() {
 
 at::Tensor wide_bytes(const at::Tensor& values) { return values.to(at::kFloat).contiguous().view(at::kByte); }
 
+// Rows added at their index in their order, with the same bits each time: index_add_ on a device uses atomics.
+void add_at(at::Tensor& sum, const at::Tensor& index, const at::Tensor& rows) {
+  if (sum.device().is_cpu())
+    sum.index_add_(0, index, rows);
+  else
+    sum.index_put_({index}, rows, /*accumulate=*/true);
+}
+
 // Both ends of a wire as the tensor path needs them.
 at::Tensor decoded(const AbstractCompressor& codec, const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) {
   const auto bytes = codec.row_bytes(hidden, dtype);
@@ -205,7 +213,7 @@ void unpack_add(const AbstractCompressor& codec, const at::Tensor& wire, at::Sca
   if (!by_rows(codec, sum)) {
     auto rows = decoded(codec, wire, hidden, dtype).to(sum.scalar_type());
     if (index)
-      sum.index_add_(0, *index, rows);
+      add_at(sum, *index, rows);
     else
       sum.add_(rows);
     return;
@@ -279,7 +287,8 @@ void fold_rows(const AbstractCompressor& codec, const at::Tensor& rows, const Sp
   if (!by_rows(codec, rows)) {
     auto picked = rows.index_select(0, spread.target).to(wide(dtype));
     if (weighted) picked = picked * spread.weight.unsqueeze(1);
-    auto sums = at::zeros({wire.size(0), hidden}, picked.options()).index_add_(0, spread.source, picked);
+    auto sums = at::zeros({wire.size(0), hidden}, picked.options());
+    add_at(sums, spread.source, picked);
     return put_encoded(codec, sums, dtype, wire);
   }
   const auto* start = spread.start.const_data_ptr<int64_t>();

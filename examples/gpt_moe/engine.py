@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 
 from errors import ExampleError
-from launch_env import ProcessPlace
+from launch_env import ProcessPlace, meet_ranks
 from model import build_model
 from options import Options
 
@@ -33,7 +33,8 @@ def join_ranks(place: ProcessPlace) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world_size))
     else:
         accelerator.set_device(place.local_rank % accelerator.device_count())
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name())
+    meet_ranks(accelerator.communication_backend_name())
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name())  # over the same groups
 
 
 def import_planmoe() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from errors import ExampleError
+from files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,11 @@ class History:
             self._write(path)
 
     def _write(self, path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, [field.name for field in fields(StepRecord)])
-            writer.writeheader()
-            writer.writerows(asdict(record) for record in self.records)
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, [field.name for field in fields(StepRecord)])
+        writer.writeheader()
+        writer.writerows(asdict(record) for record in self.records)
+        write_whole(path, stream.getvalue())
 
 
 def read_history(path: Path, last_step: int) -> list[StepRecord]:

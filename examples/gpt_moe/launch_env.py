@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
-from errors import ExampleError
+from errors import ExampleError, LoneError
 
 DEFAULT_PORT = "29500"
 SECONDS_TO_EXPLAIN = 3.0
@@ -90,14 +90,32 @@ def prepare_environment(environment: MutableMapping[str, str] | None = None) -> 
     return place
 
 
+def meet_ranks(backend: str) -> None:
+    """Start torch.distributed over what prepare_environment filled in.
+
+    torchrun keeps one key-value store over its restarts, where gloo would find the addresses of ranks that ended: every
+    attempt has keys of its own.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, rank, world_size = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world_size)
+
+
 def run_on_this_rank(run: Callable[[ProcessPlace], int], program: str) -> int:
-    """Prepare the environment, run, and return the exit status: 2 after an ExampleError, told once per machine."""
+    """Prepare the environment, run, and return the exit status.
+
+    It is 2 after an ExampleError, told once per machine; a LoneError is told by each rank that met it.
+    """
     place = ProcessPlace(rank=0, world_size=1, local_rank=0, local_world_size=1)
     try:
         place = prepare_environment()
         return run(place)
     except ExampleError as error:
-        if place.local_rank == 0:
+        if place.local_rank == 0 or isinstance(error, LoneError):
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SECONDS_TO_EXPLAIN)

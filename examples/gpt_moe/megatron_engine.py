@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data import VOCABULARY_SIZE, language_loss
 from errors import ExampleError
-from launch_env import ProcessPlace
+from launch_env import ProcessPlace, meet_ranks
 from megatron_options import Options
 
 BALANCE_LOSS_WEIGHT = 0.01
@@ -85,7 +85,7 @@ class MegatronEngine:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def save_checkpoint(self, folder: str, tag: str) -> None:
-        """Write this rank's part; the first rank then names the tag in `latest`."""
+        """Write this rank's part, and wait for all of them."""
         path = Path(folder) / tag
         path.mkdir(parents=True, exist_ok=True)
         states = {
@@ -95,15 +95,13 @@ class MegatronEngine:
         }
         torch.save(states, path / f"rank{dist.get_rank()}.pt")
         dist.barrier()
-        if dist.get_rank() == 0:
-            (Path(folder) / "latest").write_text(tag, encoding="utf-8")
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
         """Read this rank's part; (None, {}) where it is missing."""
         path = Path(folder) / tag / f"rank{dist.get_rank()}.pt"
         if not path.exists():
             return None, {}
-        states = torch.load(path, map_location=self.device, weights_only=False)
+        states = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(states["model"])
         self.optimizer.load_state_dict(states["optimizer"])
         self.schedule.load_state_dict(states["schedule"])
@@ -124,7 +122,7 @@ def join_ranks(place: ProcessPlace, options: Options) -> torch.device:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    meet_ranks("nccl" if device.type == "cuda" else "gloo")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=options.model.tp_size,
         expert_model_parallel_size=options.model.ep_size,

@@ -11,6 +11,7 @@ from planmoe_ds.gradients import Totals
 from planmoe_ds.group import Sides
 from planmoe_ds.passes.base import ChunkGraph, LayerCall, Pass
 from planmoe_ds.plan import ChunkPlan
+from planmoe_ds.rows import add_at
 from planmoe_ds.sums import Sums
 from planmoe_ds.wire import Launch
 
@@ -59,7 +60,7 @@ class BackwardPass(Pass):
         if order is None:
             return Gradients(self.sums.values(self.call.dtype), self.sums.extra()[:, :top_k], self.totals)
         grad_tokens = self.grad.new_zeros((self.num_tokens, self.call.hidden), dtype=self.call.dtype)
-        grad_tokens.index_add_(0, order.token_N, self.grad_rows)
+        add_at(grad_tokens, order.token_N, self.grad_rows)
         grad_weights = None
         if self.grad_row_weights is not None:
             grad_weights = self.grad_row_weights[order.row_of_route_KT].view(top_k, -1).t()

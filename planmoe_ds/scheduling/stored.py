@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from planmoe_ds.scheduling.graph import ChunkCosts, ExchangeCosts, layer_graph
 
+_ADVICE = "delete it, or name another folder"
+
 
 class StoredPlanError(ValueError):
     """A stored plan that cannot be used; the message names the file and why."""
@@ -29,10 +31,18 @@ class StoredPlan(BaseModel):
     forward: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     backward: tuple[dict[str, Any], ...] | None
 
-    def costs(self) -> tuple[list[ChunkCosts], list[ChunkCosts] | None]:
-        """As the planner learnt them; ValueError for costs that no task has."""
+    def costs(self, num_chunks: int | None = None) -> tuple[list[ChunkCosts], list[ChunkCosts] | None]:
+        """As the planner learnt them; ValueError for costs that no task has, or not of the number of chunks named."""
+        forward = _read(self.forward)
         backward = None if self.backward is None else _read(self.backward)
-        return _read(self.forward), backward
+        lengths = {len(forward), len(backward or forward)}
+        wanted = len(forward) if num_chunks is None else num_chunks
+        if lengths != {wanted}:
+            raise ValueError(f"it has costs of {max(lengths)} chunks instead of {wanted}")
+        timed = [chunk.weights is not None for chunk in forward], [chunk.weights is None for chunk in backward or ()]
+        if any(timed[0] + timed[1]):
+            raise ValueError("weight gradients take time backward, in every chunk, and only there")
+        return forward, backward
 
 
 def _exchanges(chunk: dict[str, Any]) -> dict[str, Any]:
@@ -71,22 +81,26 @@ def save_plan(
         draft.replace(path)
 
 
-def load_plan(path: Path, cluster: Mapping[str, str], model: Mapping[str, str]) -> StoredPlan | None:
-    """The plan kept at `path`, None without one.
+def load_plan(
+    path: Path, cluster: Mapping[str, str], model: Mapping[str, str], num_chunks: int | None = None
+) -> StoredPlan | None:
+    """The plan kept at `path`, for so many chunks if any number is named; None without one.
 
     StoredPlanError says why a file cannot be used: not a plan, or one of another cluster or model.
     """
     try:
         plan = StoredPlan.model_validate(json.loads(path.read_text()))
-        plan.costs()
+        plan.costs(num_chunks)
     except FileNotFoundError:
         return None
+    except RecursionError:
+        raise StoredPlanError(f"{path} cannot be used: it is nested too deeply for a plan: {_ADVICE}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"]) or "file"
-        raise StoredPlanError(f"{path}: {place}: {problem['msg']}") from None
+        raise StoredPlanError(f"{path}: {place}: {problem['msg']}: {_ADVICE}") from None
     except (OSError, ValueError) as error:
-        raise StoredPlanError(f"{path} cannot be used: {error}") from error
+        raise StoredPlanError(f"{path} cannot be used: {error}: {_ADVICE}") from error
     for what, stored, wanted in (("cluster", plan.cluster, cluster), ("model", plan.model, model)):
         differences = [
             f"{name} is {wanted.get(name, 'not known')} and was {stored.get(name, 'not known')}"
@@ -94,7 +108,5 @@ def load_plan(path: Path, cluster: Mapping[str, str], model: Mapping[str, str]) 
             if stored.get(name) != wanted.get(name)
         ]
         if differences:
-            raise StoredPlanError(
-                f"{path} is a plan for another {what}: {'; '.join(differences)}. Delete it, or name another folder"
-            )
+            raise StoredPlanError(f"{path} is a plan for another {what}: {'; '.join(differences)}: {_ADVICE}")
     return plan

@@ -96,6 +96,7 @@ def refuse_bad_requests(package: str) -> None:
         ((good, [2, 2], torch.zeros(4, 3), [2, 1]), "recv_rows add up to 3 rows, recv has 4"),
         ((good, [4], torch.zeros(4, 3), [2, 2]), "send_rows has 1 entries, the group has 2"),
         ((good, [5, -1], torch.zeros(4, 3), [2, 2]), r"must not be negative, got \[5, -1\]"),
+        ((good, [1 << 62] * 2, torch.zeros(4, 3), [2, 2]), "send_rows add up to 4611686018427387904 rows or more"),
         ((good, [2, 2], torch.zeros(4, 3).double(), [2, 2]), "send is Float, recv is Double: .* one dtype"),
         ((good, [2, 2], torch.zeros(4, 2), [2, 2]), "send rows are 3 wide, recv rows are 2"),
         ((torch.zeros(3, 4).t(), [2, 2], torch.zeros(4, 3), [2, 2]), r"contiguous, got strides \[1, 4\]"),

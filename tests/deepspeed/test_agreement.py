@@ -46,6 +46,7 @@ DISAGREEMENTS = (
     Disagreement("zero_optimization.stage", config={"zero_optimization": {"stage": 1}}),
     Disagreement("bf16.enabled", config={"bf16": {"enabled": True}}),
     Disagreement("top-1", layers=two_layers(k=1)),
+    Disagreement("capacity factor 2.0", layers=two_layers(k=2, capacity_factor=2.0)),
     Disagreement("drop_tokens False", layers=two_layers(k=2, drop_tokens=False)),
     Disagreement("hidden size", layers=({"k": 2, "ep_size": 4}, {"k": 2, "ep_size": 4, "hidden_size": 16})),
     Disagreement("4 experts", layers=two_layers(k=2, num_experts=4)),

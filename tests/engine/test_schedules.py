@@ -57,15 +57,17 @@ def random_order(rng: random.Random, graph: TaskGraph) -> Order:
     return Order(tuple(found))
 
 
-def run_orders(chunks: int, settings: dict[str, object], seeds: Sequence[int]) -> list[list[torch.Tensor]]:
+def run_orders(
+    chunks: int, settings: dict[str, object], seeds: Sequence[int], dtype: torch.dtype = torch.float64, top_k: int = 2
+) -> list[list[torch.Tensor]]:
     """Outputs and all gradients of one batch, for the configured order and for random ones."""
     torch.manual_seed(dist.get_rank())
     world = dist.get_world_size()
     layer = make_layer({"chunks": chunks, **settings})
-    experts = [TwoLinears().double(), Mixed().double()]
-    tokens = torch.randn(40, HIDDEN, dtype=torch.float64, device=rank_device(), requires_grad=True)
-    weights = torch.rand(2, 40, dtype=torch.float64, requires_grad=True)
-    routes = routes_of(torch.randint(0, 2 * world, (2, 40)), 2 * world, weights)
+    experts = [TwoLinears().to(dtype), Mixed().to(dtype)]
+    tokens = torch.randn(40, HIDDEN, dtype=dtype, device=rank_device(), requires_grad=True)
+    weights = torch.rand(top_k, 40, dtype=dtype, requires_grad=True)
+    routes = routes_of(torch.randint(0, 2 * world, (top_k, 40)), 2 * world, weights)
     costs = ChunkCosts(0, ExchangeCosts(), 0, 0, 0, ExchangeCosts(), 0)
     graphs = [layer_graph([ChunkCosts(**{**vars(costs), "weights": w})] * chunks) for w in (None, 0.0)]
     results = []

@@ -22,19 +22,23 @@ TINY_RUN = ("--batch-size", "2", "--evaluation-batches", "1", "--sample-bytes", 
 Launch = Callable[[Sequence[object]], subprocess.CompletedProcess[str]]
 
 
-def start(command: Sequence[object]) -> subprocess.CompletedProcess[str]:
-    """Run a command from the repository's root on the CPU, free of any launcher around the tests."""
+def environment_of_ranks() -> dict[str, str]:
+    """For ranks on the CPU, free of any launcher around the tests."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
     }
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
-    environment["PYTHONPATH"] = str(ROOT)
+    return {**environment, "PYTHONPATH": str(ROOT)}
+
+
+def start(command: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    """Run a command from the repository's root on the CPU."""
     return subprocess.run(
         [str(word) for word in command],
         cwd=ROOT,
-        env=environment,
+        env=environment_of_ranks(),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,

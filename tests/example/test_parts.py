@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,67 @@ def test_a_history_is_read_up_to_the_checkpoint(tmp_path: Path) -> None:
     path.write_text("other,columns\n", encoding="utf-8")
     with pytest.raises(ValueError, match="has other columns"):
         history.read_history(path, last_step=2)
+
+
+class PowerCut(BaseException):
+    """Ends a program at some moment."""
+
+
+class Moments:
+    """Counts the steps of saving, and ends the program at one of them."""
+
+    def __init__(self, last: int) -> None:
+        self.left = last
+
+    def through(self, original: Any) -> Any:
+        """`original`, as one such step; a plain function, so that it also works as a method."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self.left == 0:
+                raise PowerCut
+            self.left -= 1
+            return original(*arguments, **options)
+
+        return call
+
+
+def write_draft(folder: Path, step: int) -> None:
+    for name in ("rank0.pt", "rank1.pt"):
+        path = folder / "unfinished" / f"step{step}" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{step}")
+
+
+def publish_until(last: int, folder: Path) -> bool:
+    """Publish step 2 after step 1, ended at moment `last`; whether it was done before that."""
+    import checkpoint
+    import files
+
+    write_draft(folder, 1)
+    checkpoint._publish(folder, "step1")
+    write_draft(folder, 2)
+    moments = Moments(last)
+    with pytest.MonkeyPatch.context() as patches:
+        for owner, name in ((files, "_sync"), (Path, "rename"), (Path, "replace"), (shutil, "rmtree")):
+            patches.setattr(owner, name, moments.through(getattr(owner, name)))
+        try:
+            checkpoint._publish(folder, "step2")
+        except PowerCut:
+            return False
+    return True
+
+
+def test_latest_names_a_whole_checkpoint_at_every_moment(tmp_path: Path) -> None:
+    tags = []
+    for last in range(100):
+        folder = tmp_path / str(last)
+        folder.mkdir()
+        done = publish_until(last, folder)
+        tags.append((folder / "latest").read_text())
+        contents = [path.read_text() for path in (folder / tags[-1]).iterdir()]
+        assert contents == [tags[-1].removeprefix("step")] * 2
+        if done:
+            break
+    assert len(tags) > 8
+    assert tags == sorted(tags)
+    assert (tags[0], tags[-1]) == ("step1", "step2")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from planmoe_ds.layer import ExpertParallelLayer
-from tests.engine.support import make_layer, routes_of, run_layer
+from tests.engine.support import make_layer, rank_device, routes_of, run_layer
 
 HIDDEN = 16
 NUM_EXPERTS = 8
@@ -26,7 +26,7 @@ class Model:
         merged = {**SETTINGS, **(settings or {})}
         self.layers = make_layers(merged, 2)
         torch.manual_seed(3)
-        experts = [nn.Linear(HIDDEN, HIDDEN) for _ in range(2 * NUM_EXPERTS)]
+        experts = [nn.Linear(HIDDEN, HIDDEN).to(rank_device()) for _ in range(2 * NUM_EXPERTS)]
         rank, size = dist.get_rank(), dist.get_world_size()
         share = NUM_EXPERTS // size
         first = [index * NUM_EXPERTS + rank * share for index in range(2)]
@@ -56,8 +56,8 @@ def make_layers(settings: dict[str, object], count: int) -> list[ExpertParallelL
 def batch(num_tokens: int = 12, top_k: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's tokens [T, H] and experts [K, T]; every rank has tokens for every other."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    tokens = torch.randn(num_tokens, HIDDEN, generator=generator)
-    scores = torch.rand(num_tokens, NUM_EXPERTS, generator=generator)
+    tokens = torch.randn(num_tokens, HIDDEN, generator=generator).to(rank_device())
+    scores = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).to(rank_device())
     return tokens.requires_grad_(), scores.topk(top_k, dim=1).indices.t().contiguous()
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import planmoe_ds.watchdog as watchdog_module
+from tests.engine.support import rank_device
 from tests.faults.layers import HIDDEN, Model, batch, die, in_backward, seconds_until_error
 from tests.harness.ranks import RankPool
 
@@ -25,7 +26,7 @@ class Expert(nn.Module):
 
     def __init__(self, action: Any) -> None:
         super().__init__()
-        self.linear = nn.Linear(HIDDEN, HIDDEN)
+        self.linear = nn.Linear(HIDDEN, HIDDEN).to(rank_device())
         self.action = action
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -63,7 +64,23 @@ def in_the_backward_pass(model: Model, action: Any) -> None:
     model.layer(1, hidden, experts).sum().backward()
 
 
-PLACES = [in_forward, in_an_expert, in_the_backward_pass]
+def in_an_exchange(model: Model, action: Any) -> None:
+    """While rows are on their way: they are posted, and nobody has waited for them."""
+    layer = model.layers[1]
+    dispatch = layer.group.comm.dispatch
+
+    def start_and_act(*arguments: Any) -> Any:
+        exchange = dispatch(*arguments)
+        if dist.get_rank() == ODD:
+            action()
+        return exchange
+
+    hidden = model.layer(0, *batch(2000))
+    with patch.object(type(layer.group.comm), "dispatch", lambda _, *arguments: start_and_act(*arguments)):
+        model.layer(1, hidden, batch(2000)[1])
+
+
+PLACES = [in_forward, in_an_expert, in_an_exchange, in_the_backward_pass]
 
 
 def run_case(place: Any, action: Any, settings: dict[str, object], silence: float) -> tuple[float, str, str]:
@@ -106,7 +123,7 @@ def test_an_error_of_one_rank_reaches_all(ranks: RankPool, place: Any) -> None:
         seconds, kind, message = outcome.result
         if outcome.rank == ODD:
             assert kind == "OutOfMemoryError"
-        elif place is in_an_expert:
+        elif place in (in_an_expert, in_an_exchange):
             assert kind == "PlanMoEError"
             assert f"rank {ODD} stopped in layer 1 forward: OutOfMemoryError: no memory left" in message, message
         assert seconds < 12
@@ -141,19 +158,30 @@ def test_a_rank_that_ends_its_program(ranks: RankPool) -> None:
         assert seconds < 10
 
 
-def straggle() -> list[float]:
-    """A rank ten times slower than the others holds them up, and nothing else."""
+def train(slow: bool) -> tuple[list[float], float]:
+    """Sums of gradients, and the seconds of the fastest step on this rank."""
     model = Model({"timeout_seconds": 10})
-    tokens, experts = batch()
-    found = []
+    found, seconds = [], []
     for _ in range(3):
-        if dist.get_rank() == ODD:
-            time.sleep(1.0)
+        start = time.monotonic()
+        tokens, experts = batch()
         model.forward(tokens, experts).sum().backward()
+        if slow and dist.get_rank() == ODD:
+            time.sleep(max(1.0, 9 * (time.monotonic() - start)))
         assert tokens.grad is not None
         found.append(float(tokens.grad.sum()))
-    return found
+        seconds.append(time.monotonic() - start)
+    return found, min(seconds[1:])
+
+
+def straggle() -> tuple[list[float], list[float], float, float]:
+    """Without and with a rank that takes ten times as long as the others: its peers wait, and nothing else."""
+    usual, usual_seconds = train(False)
+    slow, slow_seconds = train(True)
+    return usual, slow, usual_seconds, slow_seconds
 
 
 def test_a_straggler(ranks: RankPool) -> None:
-    assert all(len(found) == 3 for found in ranks.run(4, straggle))
+    for usual, slow, usual_seconds, slow_seconds in ranks.run(4, straggle):
+        assert slow == usual
+        assert slow_seconds > usual_seconds

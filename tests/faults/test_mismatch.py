@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import planmoe_ds.layer as layer_module
-from tests.faults.layers import HIDDEN, Model, batch, in_backward, seconds_until_error
+from tests.engine.support import drop_groups, routes_of, run_layer
+from tests.faults.layers import HIDDEN, NUM_EXPERTS, Model, batch, in_backward, seconds_until_error
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -101,18 +102,38 @@ CASES: dict[Any, list[str]] = {
 }
 
 
-def run_case(case: Any, settings: dict[str, object]) -> tuple[float, str, str]:
+Found = tuple[float, str, str]  # seconds, class, message
+
+
+def run_case(case: Any, settings: dict[str, object]) -> Found:
+    """One case, in processes of its own."""
     model = Model(settings)
     dist.barrier()
     return seconds_until_error(lambda: case(model))
 
 
+def run_cases(settings: dict[str, object]) -> dict[str, Found]:
+    """Every case, one after the other: a job's other groups go on working after one met an error."""
+    found = {}
+    for case in CASES:
+        found[case.__name__] = run_case(case, settings)
+        dist.barrier()
+        drop_groups()
+    return found
+
+
+@pytest.fixture(scope="module", params=["direct", "dedup"])
+def outcomes(ranks: RankPool, request: pytest.FixtureRequest) -> list[dict[str, Found]]:
+    """By rank, what each case ended with."""
+    settings = {"comm": request.param, "ranks_per_node": 2}
+    found: list[dict[str, Found]] = ranks.run(4, run_cases, settings, fresh=True, timeout=150)
+    return found
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-@pytest.mark.parametrize("comm", ["direct", "dedup"])
-def test_every_rank_learns_what_differs(ranks: RankPool, case: Any, comm: str) -> None:
-    settings = {"comm": comm, "ranks_per_node": 2}
-    outcomes = ranks.run(4, run_case, case, settings, fresh=True, timeout=60)
-    for rank, (seconds, kind, message) in enumerate(outcomes):
+def test_every_rank_learns_what_differs(outcomes: list[dict[str, Found]], case: Any) -> None:
+    for rank, found in enumerate(outcomes):
+        seconds, kind, message = found[case.__name__]
         assert kind == "PlanMoEMismatchError", (rank, kind, message)
         assert seconds < SECONDS, (rank, seconds, message)
         for words in CASES[case]:
@@ -145,3 +166,23 @@ def unaffected_gradient() -> float:
 
 def test_without_a_fault(ranks: RankPool) -> None:
     assert all(value > 0 for value in ranks.run(4, unaffected_gradient))
+
+
+def with_another_capacity(settings: dict[str, object]) -> float:
+    """How much a layer's output changes when one rank has twice the slots per expert."""
+    model = Model(settings)
+    tokens, experts = batch()
+    routes = routes_of(experts, NUM_EXPERTS)
+    usual = run_layer(model.layers[0], tokens, routes, model.experts[0])
+    assert routes.capacity is not None
+    factor = 2 if dist.get_rank() == ODD else 1
+    routes = dataclasses.replace(routes, capacity=factor * routes.capacity)
+    output = run_layer(model.layers[0], tokens, routes, model.experts[0])
+    output.sum().backward()
+    return float((output - usual).abs().max())
+
+
+@pytest.mark.parametrize("settings", [{"exactness": "exact", "chunks": 1}, {}], ids=["padded", "ragged"])
+def test_another_capacity_is_no_fault(ranks: RankPool, settings: dict[str, object]) -> None:
+    """Empty slots do not travel: stock layers hang here (see docs/reliability.md)."""
+    assert max(ranks.run(4, with_another_capacity, settings)) < 1e-6

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from planmoe_ds.backend import compressor_names
+from tests.engine.support import routes_of, run_layer
 from tests.faults.layers import NUM_EXPERTS, Model, batch
 from tests.harness.ranks import RankPool
 
@@ -25,8 +26,11 @@ def poison(settings: dict[str, object], value: float, what: str) -> tuple[bool, 
         tokens = tokens.detach().clone()
         tokens[3, 5] = value
         tokens.requires_grad_()
-    output = model.layer(0, tokens, experts)
-    if what == "tokens":
+    routes = routes_of(experts, NUM_EXPERTS)
+    if what == "gates" and bad:
+        routes.weight_KT[:, 3] = value
+    output = run_layer(model.layers[0], tokens, routes, model.experts[0])
+    if what in ("tokens", "gates"):
         rows = output
     else:
         grad = torch.ones_like(output)
@@ -41,7 +45,7 @@ def poison(settings: dict[str, object], value: float, what: str) -> tuple[bool, 
 
 
 @pytest.mark.parametrize("codec", sorted(compressor_names()))
-@pytest.mark.parametrize("what", ["tokens", "gradients"])
+@pytest.mark.parametrize("what", ["tokens", "gates", "gradients"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_arrives_so(ranks: RankPool, codec: str, what: str, value: float) -> None:
     for comm in ("direct", "dedup"):

@@ -27,13 +27,13 @@ def path(tmp_path: Path) -> Path:
 def test_what_is_written_comes_back(path: Path) -> None:
     rng = random.Random(1)
     forward, backward = (random_chunks(rng, 3, backward=backward) for backward in (False, True))
-    plan = load_plan(path, CLUSTER, MODEL)
+    plan = load_plan(path, CLUSTER, MODEL, 3)
     assert plan is not None
-    assert plan.costs() == (forward, backward)
+    assert plan.costs(3) == (forward, backward)
     save_plan(path, CLUSTER, MODEL, forward, None)
     plan = load_plan(path, CLUSTER, MODEL)
     assert plan is not None
-    assert plan.costs() == (forward, None)
+    assert plan.costs(3) == (forward, None)
     assert [file.name for file in path.parent.iterdir()] == ["plan.json"]
 
 
@@ -43,14 +43,14 @@ def test_no_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("hidden size", "128"), ("experts", "64"), ("top-k", "8")])
 def test_plans_of_other_models_are_refused(path: Path, name: str, value: str) -> None:
-    with pytest.raises(StoredPlanError, match=f"for another model: {name} is {value} and was {MODEL[name]}. Delete"):
+    with pytest.raises(StoredPlanError, match=f"for another model: {name} is {value} and was {MODEL[name]}: delete"):
         load_plan(path, CLUSTER, {**MODEL, name: value})
     with pytest.raises(StoredPlanError, match="codecs is int8 and was not known"):
         load_plan(path, CLUSTER, {**MODEL, "codecs": "int8"})
 
 
 def test_plans_of_other_clusters_are_refused(path: Path) -> None:
-    with pytest.raises(StoredPlanError, match=r"another cluster: nodes of the ranks is 0, 0 and was 0, 1\. Delete"):
+    with pytest.raises(StoredPlanError, match=r"another cluster: nodes of the ranks is 0, 0 and was 0, 1: delete"):
         load_plan(path, {**CLUSTER, "nodes of the ranks": "0, 0"}, MODEL)
 
 
@@ -67,10 +67,10 @@ def test_plans_of_other_clusters_are_refused(path: Path) -> None:
 def test_damaged_plans_are_refused(path: Path, change: dict[str, Any], words: str) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(StoredPlanError, match=words):
-        load_plan(path, CLUSTER, MODEL)
+        load_plan(path, CLUSTER, MODEL, 3)
     path.write_text(path.read_text().replace("{", "[", 1))
     with pytest.raises(StoredPlanError, match="cannot be used"):
-        load_plan(path, CLUSTER, MODEL)
+        load_plan(path, CLUSTER, MODEL, 3)
 
 
 def test_negative_costs_are_refused(path: Path) -> None:
@@ -78,4 +78,4 @@ def test_negative_costs_are_refused(path: Path) -> None:
     content["forward"][1]["expert"] = -1.0
     path.write_text(json.dumps(content))
     with pytest.raises(StoredPlanError, match=r"chunk 1: expert takes -1.0 seconds"):
-        load_plan(path, CLUSTER, MODEL)
+        load_plan(path, CLUSTER, MODEL, 3)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+import torch.distributed as dist
+
+import planmoe_ds.job_store as job_store_module
 from planmoe_ds.agreement import judge
+from planmoe_ds.job_store import job_store
 
 ON = {"planmoe.enabled": "True", "planmoe.chunks": "2"}
 
@@ -33,3 +38,13 @@ def test_a_silent_rank_matters_only_when_planmoe_is_on() -> None:
 
 def test_a_rank_that_failed_is_named_with_its_reason() -> None:
     assert judge({0: ON, 1: {"failed": "chunks = 0"}}, 2) == "rank 1 stopped at start: chunks = 0"
+
+
+def test_every_restart_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = dist.HashStore()  # as torchrun keeps over restarts
+    monkeypatch.setattr(job_store_module, "_get_default_store", lambda: shared)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    job_store().set("failed", "an earlier attempt")
+    assert job_store().check(["failed"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not job_store().check(["failed"])
