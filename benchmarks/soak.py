@@ -5,7 +5,8 @@
 2 nodes of 2 ranks train the GPT-MoE example's model in exact mode. At random steps, a node's links get other rates
 (1 % to all of --inter and --intra), or a rank sleeps for up to ten steps' time. Then the same steps run undisturbed.
 Found: how much each rank's resident memory grew, first against last fifth after a warm-up of 200 steps (runs below 400
-are too short to say), and whether every rank's losses are those of the undisturbed run, bit for bit. Needs what `python -m benchmarks.cluster check` needs.
+are too short to say), and whether every rank's losses are those of the undisturbed run, bit for bit. Needs what
+`python -m benchmarks.cluster check` needs.
 """
 
 from __future__ import annotations
