@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,28 +13,31 @@ from planmoe_ds.grouped import GroupedExperts, GroupedGraph
 from planmoe_ds.plan import ExpertLayout
 
 
-class Experts(Protocol):
+class Experts(ABC):
     """What runs on a chunk's rows.
 
-    takes_weights: experts multiply by their routes' weights themselves; else that is done where outputs are added up.
+    takes_weights: experts multiply by their routes' weights themselves, which run() then gets; else that is done where
+    outputs are added up.
     """
 
-    @property
-    def takes_weights(self) -> bool:
-        """Whether run() gets the routes' weights."""
+    takes_weights: bool
 
+    @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
         """Trainable parameters of all local experts, each once, in a fixed order."""
 
+    @abstractmethod
     def run(self, buffer: torch.Tensor, layout: ExpertLayout, weights: torch.Tensor | None) -> torch.Tensor:
         """Buffer [rows, H] in `layout`, weights [rows] or None -> outputs [rows, H] in the same places."""
 
-    def run_grouped(self, buffer: torch.Tensor, layout: ExpertLayout, *, keep: bool) -> GroupedGraph | None:
+    def run_grouped(self, _buffer: torch.Tensor, _layout: ExpertLayout, *, keep: bool) -> GroupedGraph | None:
         """The same where all experts run as one, without autograd's help; None where run() has to."""
+        del keep
+        return None
 
 
 @dataclass(frozen=True)
-class LocalExperts:
+class LocalExperts(Experts):
     """The experts of one layer on this rank.
 
     modules: one per local expert, called with [1, 1, rows, H] and returning the same shape (or a tuple that starts

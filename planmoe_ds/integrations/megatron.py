@@ -31,6 +31,7 @@ from planmoe_ds.codecs import make_codecs
 from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig, parse_config
 from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError
+from planmoe_ds.experts import Experts
 from planmoe_ds.group import ExpertGroup, connect
 from planmoe_ds.guard import QualityGuard
 from planmoe_ds.integrations.megatron_limits import check_supported
@@ -44,7 +45,7 @@ NOMINAL_TOKENS = 4096  # tokens per rank and layer call that all-to-alls are com
 
 
 @dataclass(frozen=True)
-class MegatronExperts:
+class MegatronExperts(Experts):
     """Megatron's experts of one rank, whichever class; they multiply by the routes' weights themselves."""
 
     module: nn.Module
@@ -60,10 +61,6 @@ class MegatronExperts:
         if bias is not None:
             raise PlanMoEError(f"{type(self.module).__name__} returned a bias apart, which no MoE layer can add")
         return output
-
-    def run_grouped(self, *_: object, keep: bool) -> None:
-        """Megatron's own classes group what can be grouped."""
-        del keep
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from planmoe_ds.experts import Experts
 from planmoe_ds.plan import ExpertLayout, Routes
 from planmoe_ds.sharded_experts import forward_sharded
 from tests.engine.support import make_layer, slots_of
@@ -30,7 +31,7 @@ MODES = {
 
 
 @dataclass(frozen=True)
-class Weighted:
+class Weighted(Experts):
     """Experts that square their routes' weights: not the same as multiplying outputs."""
 
     pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]
