@@ -13,18 +13,15 @@ import argparse
 import json
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from benchmarks._nccl import drop_groups, launch, median_ms, start
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from benchmarks._stock import without_all_to_all
 
 SHAPES = ["2048,1024,4096,8,2", "4096,2048,1408,64,8"]
 STOCK, BOUND = "stock DeepSpeed", "without all-to-all (bound)"
@@ -56,20 +53,6 @@ def make_layer(shape: list[int], device: torch.device) -> Any:
     return layer.to(device, torch.bfloat16)
 
 
-@contextmanager
-def without_all_to_all(active: bool) -> Iterator[None]:
-    """Stock's all-to-all becomes the identity: the same computing, wrong tokens."""
-    from deepspeed.moe import sharded_moe
-
-    original = sharded_moe._AllToAll
-    if active:
-        sharded_moe._AllToAll = type("Identity", (), {"apply": staticmethod(lambda _group, rows: rows.contiguous())})
-    try:
-        yield
-    finally:
-        sharded_moe._AllToAll = original
-
-
 def measure(shape: list[int], variant: str, hosts: int, rounds: int, device: torch.device) -> dict[str, float]:
     """One variant's time, and what a rank sends, with and without the network between hosts."""
     import planmoe_ds
@@ -93,7 +76,7 @@ def measure(shape: list[int], variant: str, hosts: int, rounds: int, device: tor
         torch.autograd.backward([output, balance], [probe, torch.ones_like(balance)])
 
     warm_up = 9 if VARIANTS.get(variant, {}).get("scheduler") else 2  # the scheduler learns from its first calls
-    with without_all_to_all(variant == BOUND):
+    with without_all_to_all(active=variant == BOUND):
         time = median_ms(step, rounds, warm_up)
     figures = {"ms": time, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     if session is not None:

@@ -21,8 +21,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,30 +112,17 @@ def make_engine(arguments: argparse.Namespace, section: Any) -> Any:
     return engine
 
 
-@contextmanager
-def without_all_to_all(active: bool) -> Iterator[None]:
-    """Stock's all-to-all becomes the identity: same compute, wrong tokens."""
-    from deepspeed.moe import sharded_moe
-
-    original = sharded_moe._AllToAll
-    if active:
-        sharded_moe._AllToAll = type("Identity", (), {"apply": staticmethod(lambda _group, rows: rows.contiguous())})
-    try:
-        yield
-    finally:
-        sharded_moe._AllToAll = original
-
-
 def take_step(engine: Any, tokens: Any, bound: bool) -> float:
     """One training step of the slowest rank, in seconds."""
     import torch
     import torch.distributed as dist
 
+    from benchmarks._stock import without_all_to_all
     from data import language_loss
 
     dist.barrier()
     start = time.perf_counter()
-    with without_all_to_all(bound):
+    with without_all_to_all(active=bound):
         logits, balance_loss = engine(tokens[:, :-1])
         engine.backward(language_loss(logits, tokens[:, 1:]) + 0.01 * balance_loss)
         engine.step()

@@ -135,16 +135,6 @@ __device__ __forceinline__ unsigned warp_max(unsigned value) {
 #endif
 }
 
-__device__ __forceinline__ unsigned warp_min(unsigned value) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_min_sync(kAllLanes, value);
-#else
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value = min(value, __shfl_xor_sync(kAllLanes, value, step));
-  return value;
-#endif
-}
-
 // The same order of additions whatever the card.
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
