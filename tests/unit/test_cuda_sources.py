@@ -25,6 +25,8 @@ def architectures() -> list[str]:
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_it_compiles(source: Path, tmp_path: Path) -> None:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()]
-    command = ["nvcc", "-std=c++17", "-O1", *targets, "-c", str(source), "-o", str(tmp_path / "out.o")]
+    include = f"-I{ROOT / 'zfp' / 'include'}"
+    flags = ["-std=c++17", "-O1", f"--threads={len(targets)}", include]
+    command = ["nvcc", *flags, *targets, "-c", str(source), "-o", str(tmp_path / "out.o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
