@@ -10,11 +10,12 @@ import torch.distributed as dist
 from benchmarks._exchange_cases import Case
 from planmoe_ds.backend import Comm, Exchange, LaunchLedger
 from planmoe_ds.choose import Choice
+from planmoe_ds.chunking import Chunking
 from planmoe_ds.codecs import LinkCodecs
-from planmoe_ds.config import ChunkBy
+from planmoe_ds.counts import Talk
 from planmoe_ds.group import ExpertGroup, SidedArrival
 from planmoe_ds.headers import Header
-from planmoe_ds.plan import ChunkPlan, PlanRequest, build_plan
+from planmoe_ds.plan import BufferRequest, ChunkPlan, build_plan
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.wire import Spreads, TokenColumns, Wire, token_columns
 
@@ -72,15 +73,17 @@ def prepare(case: Case, comm: Comm, device: torch.device) -> RoutedRun:
     num_experts = world_size * case.experts_per_rank
     tokens = torch.randn(num_tokens, case.row_bytes // 4, device=device)
     group = ExpertGroup(comm, tuple(range(world_size)), LaunchLedger(world_size), 0, Choice("", "", {}))
-    request = PlanRequest(
-        num_chunks=1,
-        chunk_by=ChunkBy.TOKEN,
+    talk = Talk(
+        num_experts=num_experts,
+        chunking=Chunking(1),
         header=Header(layer=0, hidden_size=tokens.shape[1], routes_per_token=top_k, num_experts=num_experts),
         row_bytes=case.row_bytes,
-        padded_capacity=None,
-        row_order=None,
+        notes=(),
+        group=group,
+        recorder=Recorder(device),
+        label=Label("plan", 0, -1, "forward"),
     )
-    plan = build_plan(expert_KT, num_experts, group, request, Recorder(device), Label("plan", 0, -1, "forward"))
+    plan = build_plan(expert_KT, talk, BufferRequest())
     columns = token_columns(expert_KT, torch.ones(expert_KT.shape, device=device), num_experts, None)
     wire = Wire(group, plan, LinkCodecs.everywhere("none"), tokens.shape[1], tokens.dtype)
     chunk = plan.chunks[0]

@@ -27,6 +27,7 @@ class ChunkBy(str, Enum):
 
     TOKEN = "token"  # noqa: S105  a token of text
     EXPERT = "expert"
+    SOURCE = "source"
 
 
 _SECTION = "section"  # a "compression" that is not "auto"; pydantic puts the word into the places of errors
@@ -47,7 +48,10 @@ class PlanMoEConfig(Section):
         Discriminator(lambda value: AUTO if value == AUTO else _COUNT),
     ] = Field(2, description="pieces a layer's rows are pipelined in, or 'auto': what its first calls show to be best")
     chunk_by: ChunkBy = Field(
-        ChunkBy.TOKEN, strict=False, description="'token' (even pieces) or 'expert' (GEMM sizes stay whole)"
+        ChunkBy.TOKEN,
+        strict=False,
+        description="'token' (even pieces), 'expert' (GEMM sizes stay whole) or 'source' (rows of the own node, then "
+        "those of nodes further on: as few messages as with one chunk)",
     )
     scheduler: str = Field(
         "pipelined",
@@ -123,6 +127,11 @@ class PlanMoEConfig(Section):
             raise ValueError(
                 f"exactness 'exact' excludes comm '{self.comm}', which adds up inside a node before rows cross back "
                 "and so in another order; set exactness to 'reordered' or comm to 'pipe', 'direct' or 'auto'"
+            )
+        if self.chunk_by is ChunkBy.SOURCE and self.chunks == AUTO:
+            raise ValueError(
+                f"chunk_by '{ChunkBy.SOURCE.value}' excludes chunks '{AUTO}', which is chosen for chunks that are "
+                "alike; set chunks to a number, of nodes at most (of ranks on one node)"
             )
         return self
 

@@ -109,17 +109,27 @@ class ExpertGroup:
         return nodes == nodes[self.rank]
 
     @cached_property
-    def routing_tables(self) -> torch.Tensor:
+    def _tables(self) -> dict[tuple[int, ...], torch.Tensor]:
+        return {}
+
+    def routing_tables(self, chunk_of_rank: tuple[int, ...] = ()) -> torch.Tensor:
         """int32 [3, P] on the group's device: every rank's list, each list's first hop, each rank's place on its node.
 
-        Rows go in lists, one per first hop: those of this node first.
+        Rows go in lists, one per first hop: those of this node first. A fourth row, where it is given: every rank's
+        chunk.
         """
+        if chunk_of_rank not in self._tables:
+            self._tables[chunk_of_rank] = self._make_tables(chunk_of_rank)
+        return self._tables[chunk_of_rank]
+
+    def _make_tables(self, chunk_of_rank: tuple[int, ...]) -> torch.Tensor:
         hops, nodes = self.comm.first_hops, self.comm.node_of_rank
         lists = sorted(set(hops), key=lambda hop: (nodes[hop] != nodes[self.rank], hop))
         list_of_rank = [lists.index(hop) for hop in hops]
         place = [nodes[:rank].count(node) for rank, node in enumerate(nodes)]
         padded = lists + [-1] * (self.size - len(lists))
-        return torch.tensor([list_of_rank, padded, place], dtype=torch.int32).to(self.comm.device)
+        rows = [list_of_rank, padded, place] + ([list(chunk_of_rank)] if chunk_of_rank else [])
+        return torch.tensor(rows, dtype=torch.int32).to(self.comm.device)
 
     @contextmanager
     def waiting(self, exchange: Exchange, what: str) -> Iterator[None]:

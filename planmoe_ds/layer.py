@@ -14,16 +14,18 @@ from torch import nn
 
 from planmoe_ds import __version__
 from planmoe_ds.auto_planner import ChoiceLog, Planner, make_planner
+from planmoe_ds.chunking import Chunking, chunking_of
 from planmoe_ds.codecs import Codecs
 from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig
+from planmoe_ds.counts import Talk
 from planmoe_ds.experts import Experts, LocalExperts
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.grouped import GroupedExperts, recognise
 from planmoe_ds.guard import Meter, QualityGuard
 from planmoe_ds.headers import PLAN_PHASE, Header, digest, dtype_code, phase_now
 from planmoe_ds.pipeline import LayerCall, run_experts
-from planmoe_ds.plan import PlanRequest, Routes, RoutingPlan, build_plan
+from planmoe_ds.plan import BufferRequest, Routes, RoutingPlan, build_plan
 from planmoe_ds.plan_store import PlanStore
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, add_at, order_rows
@@ -67,10 +69,12 @@ class ExpertParallelLayer:
 
     def order(self, routes: Routes) -> RowOrder:
         """The order of this rank's rows."""
-        config = self.config
-        return order_rows(
-            routes.expert_KT, routes.slot_KT, routes.num_experts, self.num_chunks, config.chunk_by, self.group.size
-        )
+        return order_rows(routes.expert_KT, routes.slot_KT, routes.num_experts, self._chunking, self.group.size)
+
+    @property
+    def _chunking(self) -> Chunking:
+        comm = self.group.comm
+        return chunking_of(self.config.chunk_by, self.num_chunks, comm.node_of_rank, self.group.rank)
 
     def route_outputs(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts) -> torch.Tensor:
         """Tokens [T, H] that have one route each -> the experts' outputs [T, H], not weighted."""
@@ -80,19 +84,24 @@ class ExpertParallelLayer:
     def _run(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts, order: RowOrder | None) -> torch.Tensor:
         columns = token_columns(routes.expert_KT, routes.weight_KT, routes.num_experts, order)
         header = self._header(tokens_TH, routes)
-        request = PlanRequest(
-            num_chunks=self.num_chunks,
-            chunk_by=self.config.chunk_by,
+        label = Label("plan", self.index, -1, "forward")
+        talk = Talk(
+            num_experts=routes.num_experts,
+            chunking=self._chunking,
             header=header,
             row_bytes=tokens_TH.shape[1] * tokens_TH.element_size(),
+            notes=self._notes(tokens_TH),
+            group=self.group,
+            recorder=self.recorder,
+            label=label,
+        )
+        buffer = BufferRequest(
             padded_capacity=routes.capacity if self._recreates_padding else None,
             row_order=order,
             place_of_source=self.place_of_source,
-            notes=self._notes(tokens_TH),
         )
-        label = Label("plan", self.index, -1, "forward")
         with self.group.working(label.describe(), PLAN_PHASE):
-            plan = build_plan(routes.expert_KT, routes.num_experts, self.group, request, self.recorder, label)
+            plan = build_plan(routes.expert_KT, talk, buffer)
             orders = self._planner.next_call(self._facts(header))
         self.recorder.add_load(self.index, routes.expert_KT, routes.num_experts)
         keep_graph = torch.is_grad_enabled()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from planmoe_ds.config import ChunkBy
+from planmoe_ds.chunking import Chunking
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,15 @@ class RowOrder:
 
 
 def order_rows(
-    expert_KT: torch.Tensor, slot_KT: torch.Tensor, num_experts: int, num_chunks: int, chunk_by: ChunkBy, num_ranks: int
+    expert_KT: torch.Tensor, slot_KT: torch.Tensor, num_experts: int, chunking: Chunking, num_ranks: int
 ) -> RowOrder:
     """Sort this rank's kept routes by chunk, expert and slot; a negative expert is a dropped route."""
     num_routes, num_tokens = expert_KT.shape
-    experts_per_rank = num_experts // num_ranks
+    num_chunks = chunking.num_chunks
     expert = expert_KT.reshape(-1).long()
     slot = slot_KT.reshape(-1).long()
     route = torch.arange(expert.shape[0], device=expert.device)
-    if chunk_by is ChunkBy.TOKEN:
-        chunk = (route % max(num_tokens, 1)) * num_chunks // max(num_tokens, 1)
-    else:
-        chunk = expert % experts_per_rank * num_chunks // experts_per_rank
+    chunk = chunking.of_routes(expert, num_tokens, num_experts // num_ranks)
     cell = chunk * num_experts + expert
     kept = expert >= 0
     counts = torch.bincount(cell[kept], minlength=num_chunks * num_experts)

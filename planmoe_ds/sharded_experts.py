@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from planmoe_ds.config import ChunkBy, Exactness
+from planmoe_ds.chunking import Chunking
+from planmoe_ds.config import Exactness
 from planmoe_ds.experts import Experts
 from planmoe_ds.layer import ExpertParallelLayer, add_up
 from planmoe_ds.plan import Routes
@@ -30,7 +31,7 @@ def forward_sharded(
     if layer.config.resolved_exactness is not Exactness.EXACT:
         return layer.forward(tokens_TH, _to_shards(routes, num_holders, num_shards), experts)
     # exact: first the shards' outputs are added, then the experts'
-    order = order_rows(routes.expert_KT, routes.slot_KT, routes.num_experts, 1, ChunkBy.TOKEN, num_holders)
+    order = order_rows(routes.expert_KT, routes.slot_KT, routes.num_experts, Chunking(1), num_holders)
     num_rows = order.token_N.shape[0]
     weights = torch.cat([routes.weight_KT.reshape(-1), routes.weight_KT.new_zeros(1)])
     route_N = order.row_of_route_KT.argsort()[:num_rows]

@@ -70,6 +70,7 @@ class CudaKernels final : public DeviceRows {
     lists.chunk_by_expert = request.chunk_by_expert;
     lists.num_ranks = num_ranks;
     fill_lists(lists, request, tables);
+    if (!request.chunk_of_rank.empty()) lists.chunk_of_rank = lists.local_rank + num_ranks;
     lists.num_pieces = std::max<int64_t>(1, request.num_pieces);
     lists.rows_per_piece = std::max<int64_t>(1, request.rows_per_piece);
     fill_columns(lists, layout, message, request.num_pieces > 0);
@@ -134,7 +135,7 @@ class CudaKernels final : public DeviceRows {
     lists.num_ranks = num_ranks;
     lists.num_lists = lists.num_near = static_cast<int64_t>(ranks.size());
     lists.list_of_rank = table.const_data_ptr<int32_t>();
-    const auto first = at::empty({lists.num_lists * list_tiles(rows.size(0), 1, false) + 1}, options.dtype(at::kInt));
+    const auto first = at::empty({lists.num_lists * list_tiles(rows.size(0), 1, true) + 1}, options.dtype(at::kInt));
     const auto most = lists.num_lists * rows.size(0);
     const auto found = at::empty({std::max<int64_t>(most, total)}, options.dtype(at::kLong));
     lists.first = first.mutable_data_ptr<int32_t>();
@@ -150,11 +151,12 @@ class CudaKernels final : public DeviceRows {
   }
 
  private:
-  // tables: int32 [3, P], see routing.h.
+  // tables: int32 [3 or 4, P], see routing.h.
   static void fill_lists(ListArguments& lists, const OrderRequest& request, const at::Tensor& tables) {
     const auto num_ranks = lists.num_ranks;
-    TORCH_CHECK_VALUE(tables.scalar_type() == at::kInt && tables.is_contiguous() && tables.numel() == 3 * num_ranks,
-                      "tables must be contiguous int32 [3, ", num_ranks, "], got ", tables.scalar_type(), " ",
+    const int64_t rows = request.chunk_of_rank.empty() ? 3 : 4;
+    TORCH_CHECK_VALUE(tables.scalar_type() == at::kInt && tables.is_contiguous() && tables.numel() == rows * num_ranks,
+                      "tables must be contiguous int32 [", rows, ", ", num_ranks, "], got ", tables.scalar_type(), " ",
                       tables.sizes());
     std::vector<bool> is_hop(num_ranks, false);
     for (const auto hop : request.first_hop) is_hop[hop] = true;
@@ -197,10 +199,10 @@ class CudaKernels final : public DeviceRows {
     const auto options = expert.options().dtype(at::kInt);
     const auto num_tokens = lists.routes.num_rows;
     lists.num_slots = std::min(lists.routes.top_k, lists.num_lists);
-    const auto tiles = list_tiles(num_tokens, lists.num_chunks, lists.chunk_by_expert);
+    const auto tiles = list_tiles(num_tokens, lists.num_chunks, lists.divides_rows());
     const auto first = at::empty({lists.num_chunks * lists.num_lists * tiles + 1}, options);
-    const auto most = lists.routes.top_k * num_tokens;  // by expert, too: every route is in one chunk
-    const auto copies = lists.chunk_by_expert ? lists.num_chunks : 1;
+    const auto most = lists.routes.top_k * num_tokens;  // every route is in one chunk
+    const auto copies = lists.divides_rows() ? 1 : lists.num_chunks;
     OrderedTokens ordered;
     ordered.tokens = at::empty({most}, options.dtype(at::kLong));
     ordered.near_return = at::empty({copies, num_tokens, lists.num_slots}, options);

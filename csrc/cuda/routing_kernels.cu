@@ -41,14 +41,18 @@ __device__ __forceinline__ Route route_of(int64_t id, const RouteIds& routes, in
 
 // The rows and experts of one chunk.
 struct Chunk {
-  int64_t first_row, last_row, first_expert, last_expert;
+  int64_t x, first_row, last_row, first_expert, last_expert;
 
-  __device__ Chunk(const ListArguments& a, int64_t x) {
+  __device__ Chunk(const ListArguments& a, int64_t chunk) : x(chunk) {
     const auto X = a.num_chunks, T = a.routes.num_rows, L = a.routes.experts_per_rank;
-    first_row = a.chunk_by_expert ? 0 : (x * T + X - 1) / X;
-    last_row = a.chunk_by_expert ? T : ((x + 1) * T + X - 1) / X;
+    first_row = a.divides_rows() ? (x * T + X - 1) / X : 0;
+    last_row = a.divides_rows() ? ((x + 1) * T + X - 1) / X : T;
     first_expert = a.chunk_by_expert ? (x * L + X - 1) / X : a.routes.first_expert;
     last_expert = a.chunk_by_expert ? ((x + 1) * L + X - 1) / X : a.routes.last_expert;
+  }
+
+  __device__ bool has(const ListArguments& a, int64_t rank) const {
+    return a.chunk_of_rank == nullptr || a.chunk_of_rank[rank] == x;
   }
 };
 
@@ -58,7 +62,7 @@ __device__ unsigned long long lists_of(const ListArguments& a, const Chunk& chun
   if (row >= chunk.last_row) return wanted;
   for (int64_t k = 0; k < a.routes.top_k; ++k) {
     const auto route = route_of(id_at(a.routes, row, k), a.routes, chunk.first_expert, chunk.last_expert);
-    if (route.rank < 0 || route.rank >= a.num_ranks) continue;
+    if (route.rank < 0 || route.rank >= a.num_ranks || !chunk.has(a, route.rank)) continue;
     const int64_t list = a.list_of_rank[route.rank];
     if (list >= first && list < first + 64) wanted |= 1ull << (list - first);
   }
@@ -187,13 +191,13 @@ class RowWriter {
     const bool near = list < a_.num_near;
     int32_t* table = near ? a_.near_return : a_.far_return;
     if (table == nullptr) return;
-    const int64_t chunk_rows = a_.chunk_by_expert ? blockIdx.y * a_.routes.num_rows : 0;
+    const int64_t chunk_rows = a_.divides_rows() ? 0 : blockIdx.y * a_.routes.num_rows;
     int& slot = near ? near_slots_ : far_slots_;
     table[(chunk_rows + row_) * a_.num_slots + slot++] = static_cast<int32_t>(place - first_of(near ? 0 : a_.num_near));
   }
 
   __device__ void end_returns() const {
-    const int64_t at = ((a_.chunk_by_expert ? blockIdx.y * a_.routes.num_rows : 0) + row_) * a_.num_slots;
+    const int64_t at = ((a_.divides_rows() ? 0 : blockIdx.y * a_.routes.num_rows) + row_) * a_.num_slots;
     for (int64_t slot = near_slots_; a_.near_return != nullptr && slot < a_.num_slots; ++slot)
       a_.near_return[at + slot] = -1;
     for (int64_t slot = far_slots_; a_.far_return != nullptr && slot < a_.num_slots; ++slot)
@@ -230,9 +234,10 @@ __device__ void count_routes(const ListArguments& a, const Chunk& chunk, int64_t
     const auto route = route_of(id, a.routes, chunk.first_expert, chunk.last_expert);
     if (route.rank < 0) continue;
     if (route.rank >= a.num_ranks) {
-      atomicAdd(a.counts.message + a.counts.invalid, 1ull);
+      if (a.chunk_of_rank == nullptr || chunk.x == 0) atomicAdd(a.counts.message + a.counts.invalid, 1ull);
       continue;
     }
+    if (!chunk.has(a, route.rank)) continue;
     counts.add_expert(route.rank, route.local);
     const int64_t list = a.list_of_rank[route.rank];
     if (list < a.num_near) continue;
@@ -433,13 +438,13 @@ __global__ void __launch_bounds__(kThreads) place_entries(const __grid_constant_
 
 }  // namespace
 
-int64_t list_tiles(int64_t num_rows, int64_t num_chunks, bool chunk_by_expert) {
-  const int64_t rows = chunk_by_expert ? num_rows : (num_rows + num_chunks - 1) / num_chunks;
+int64_t list_tiles(int64_t num_rows, int64_t num_chunks, bool divides_rows) {
+  const int64_t rows = divides_rows ? (num_rows + num_chunks - 1) / num_chunks : num_rows;
   return std::max<int64_t>(1, (rows + kThreads - 1) / kThreads);
 }
 
 cudaError_t launch_lists(const ListArguments& a, cudaStream_t stream) {
-  const int64_t tiles = list_tiles(a.routes.num_rows, a.num_chunks, a.chunk_by_expert);
+  const int64_t tiles = list_tiles(a.routes.num_rows, a.num_chunks, a.divides_rows());
   const int64_t cells = a.num_chunks * a.num_lists * tiles;
   if (a.num_lists > kMostLists || a.num_chunks > 65535 || cells > 0x7FFFFFFF) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(a.num_chunks));

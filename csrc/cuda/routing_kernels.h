@@ -37,7 +37,8 @@ struct CountColumns {
 struct ListArguments {
   RouteIds routes;
   int64_t num_chunks = 1;
-  bool chunk_by_expert = false;  // else chunk x has the rows t * X / T == x
+  bool chunk_by_expert = false;
+  const int32_t* chunk_of_rank = nullptr;  // [P], or nullptr; of neither: chunk x has the rows t * X / T == x
   int64_t num_ranks = 1;
   int64_t num_lists = 1;
   int64_t num_near = 1;                   // of the lists; they come first
@@ -47,18 +48,21 @@ struct ListArguments {
   int64_t group = 1;                      // G, most ranks on a node
   int64_t num_pieces = 1;                 // B
   int64_t rows_per_piece = 1;
-  int32_t* first = nullptr;        // [X * S * tiles + 1] scratch: first row of a list's tile
-  int64_t* rows = nullptr;         // [most entries] result
-  int32_t* near_return = nullptr;  // [X or 1, T, num_slots] places in the chunk's near lists, -1 after the last
-  int32_t* far_return = nullptr;   // nullptr: not wanted
+  int32_t* first = nullptr;  // [X * S * tiles + 1] scratch: first row of a list's tile
+  int64_t* rows = nullptr;   // [most entries] result
+  int32_t* near_return =
+      nullptr;  // [X, or 1 where chunks divide rows, T, num_slots] places in the chunk's near lists, -1 after the last
+  int32_t* far_return = nullptr;  // nullptr: not wanted
   int64_t num_slots = 0;
   CountColumns counts;
+
+  __host__ __device__ bool divides_rows() const { return !chunk_by_expert && chunk_of_rank == nullptr; }
 };
 
 constexpr int64_t kMostLists = 1024;
 constexpr int64_t kMostLocalExperts = 1024;
 
-int64_t list_tiles(int64_t num_rows, int64_t num_chunks, bool chunk_by_expert);
+int64_t list_tiles(int64_t num_rows, int64_t num_chunks, bool divides_rows);
 cudaError_t launch_lists(const ListArguments& arguments, cudaStream_t stream);
 
 enum class WeightType { kFloat, kHalf, kBFloat16 };

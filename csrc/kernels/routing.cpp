@@ -21,6 +21,7 @@ class ChunkOrder {
  public:
   ChunkOrder(const OrderRequest& request, int64_t chunk, const Counts& local, int64_t group)
       : request_(request),
+        chunk_(chunk),
         local_(local),
         group_(group),
         num_ranks_(static_cast<int64_t>(request.node_of_rank.size())),
@@ -31,14 +32,14 @@ class ChunkOrder {
         hops_(num_ranks_, -1) {
     const auto x = chunk;
     const auto X = request.num_chunks;
+    last_token_ = num_tokens_;
+    last_expert_ = experts_per_rank_;
     if (request.chunk_by_expert) {
-      last_token_ = num_tokens_;
       first_expert_ = (x * experts_per_rank_ + X - 1) / X;
       last_expert_ = ((x + 1) * experts_per_rank_ + X - 1) / X;
-    } else {
+    } else if (request.divides_tokens()) {
       first_token_ = (x * num_tokens_ + X - 1) / X;
       last_token_ = ((x + 1) * num_tokens_ + X - 1) / X;
-      last_expert_ = experts_per_rank_;
     }
   }
 
@@ -98,8 +99,9 @@ class ChunkOrder {
       if (expert < 0) continue;
       const auto place = expert % experts_per_rank_;
       if (place < first_expert_ || place >= last_expert_) continue;
-      if (expert_rows) ++expert_rows[expert];
       const auto rank = expert / experts_per_rank_;
+      if (!request_.chunk_of_rank.empty() && request_.chunk_of_rank[rank] != chunk_) continue;
+      if (expert_rows) ++expert_rows[expert];
       if (wants_[rank] == stamp_) continue;
       wants_[rank] = stamp_;
       ranks_.push_back(rank);
@@ -111,6 +113,7 @@ class ChunkOrder {
   }
 
   const OrderRequest& request_;
+  int64_t chunk_;
   const Counts& local_;
   int64_t group_;
   int64_t num_ranks_;
@@ -256,6 +259,7 @@ TokenOrder order_tokens(const OrderRequest& request) {
     TORCH_CHECK_VALUE(request.expert.max().item<int64_t>() < request.num_experts, "expert index ",
                       request.expert.max().item<int64_t>(), " is too large, there are ", request.num_experts,
                       " experts");
+  check_chunks(request);
   const auto local = local_ranks(request.node_of_rank);
   const auto group = *std::max_element(local.begin(), local.end()) + 1;
   const auto pieces = std::max<int64_t>(1, request.num_pieces);
@@ -279,6 +283,21 @@ TokenOrder order_tokens(const OrderRequest& request) {
   return order;
 }
 
+void check_chunks(const OrderRequest& request) {
+  const auto& chunks = request.chunk_of_rank;
+  if (chunks.empty()) return;
+  TORCH_CHECK_VALUE(!request.chunk_by_expert, "chunks go by expert or by rank, not both");
+  TORCH_CHECK_VALUE(chunks.size() == request.node_of_rank.size(), "chunk_of_rank has ", chunks.size(),
+                    " numbers, there are ", request.node_of_rank.size(), " ranks");
+  for (size_t rank = 0; rank < chunks.size(); ++rank) {
+    TORCH_CHECK_VALUE(chunks[rank] >= 0 && chunks[rank] < request.num_chunks, "rank ", rank, " has chunk ",
+                      chunks[rank], ", there are ", request.num_chunks);
+    const auto hop = request.first_hop[rank];
+    TORCH_CHECK_VALUE(chunks[hop] == chunks[rank], "rank ", rank, " has chunk ", chunks[rank], ", rank ", hop,
+                      ", to which its rows go first, has ", chunks[hop]);
+  }
+}
+
 OrderedTokens order_tokens_on_device(const OrderRequest& request, const at::Tensor& tables, const CountLayout& layout,
                                      const at::Tensor& message) {
   const auto* kernels = device_kernels(request.expert);
@@ -287,6 +306,7 @@ OrderedTokens order_tokens_on_device(const OrderRequest& request, const at::Tens
   const auto num_ranks = static_cast<int64_t>(request.node_of_rank.size());
   TORCH_CHECK_VALUE(request.num_experts > 0 && request.num_experts % num_ranks == 0, request.num_experts,
                     " experts cannot be divided among ", num_ranks, " ranks");
+  check_chunks(request);
   return kernels->order_tokens(request, tables, layout, message);
 }
 

@@ -15,13 +15,20 @@ struct OrderRequest {
   at::Tensor expert;  // int64 [K, T] on the CPU, negative where the router dropped the route
   int64_t num_experts = 1;
   int64_t num_chunks = 1;
-  bool chunk_by_expert = false;  // chunk x has the experts l of every rank with l * X / L == x, else tokens t * X / T
+  bool chunk_by_expert = false;        // chunk x has the experts l of every rank with l * X / L == x
+  std::vector<int64_t> chunk_of_rank;  // [P] chunk x has the routes to the ranks of x; of neither: tokens t * X / T
   int64_t rank = 0;
   std::vector<int64_t> node_of_rank;
   std::vector<int64_t> first_hop;
   int64_t num_pieces = 0;      // 0: ranks pass nothing on
   int64_t rows_per_piece = 1;  // smaller messages are cut into fewer pieces
+
+  bool divides_tokens() const { return !chunk_by_expert && chunk_of_rank.empty(); }
 };
+
+// Raises for chunks by rank that are too many, too few, or different for ranks with one first hop, whose rows travel
+// there together.
+void check_chunks(const OrderRequest& request);
 
 // The tokens of one rank in the order in which their rows leave, and how many rows that makes for whom.
 struct TokenOrder {
@@ -39,8 +46,9 @@ TokenOrder order_tokens(const OrderRequest& request);
 // The same where the experts' numbers are on an accelerator with kernels of ours: the host learns the counts later.
 // The order of a rank's lists is near ranks first, then first hops on other nodes.
 struct OrderedTokens {
-  at::Tensor tokens;                     // int64: by chunk, then list, then token; as many as the counts say
-  at::Tensor near_return;                // int32 [X by expert, else 1, T, S]: the token's places in near_token, then -1
+  at::Tensor tokens;  // int64: by chunk, then list, then token; as many as the counts say
+  at::Tensor
+      near_return;  // int32 [X, or 1 where chunks divide tokens, T, S]: the token's places in near_token, then -1
   std::optional<at::Tensor> far_return;  // likewise in far_token; none where all ranks are near
 };
 
@@ -51,7 +59,8 @@ struct CountLayout {
   int64_t first_column = 0;
 };
 
-// tables: int32 [3, P] on the device: every rank's list, the first hop of every list, every rank's place on its node.
+// tables: int32 [3, P] on the device: every rank's list, the first hop of every list, every rank's place on its node; a
+// fourth row where chunks go by rank: chunk_of_rank.
 OrderedTokens order_tokens_on_device(const OrderRequest& request, const at::Tensor& tables, const CountLayout& layout,
                                      const at::Tensor& message);
 

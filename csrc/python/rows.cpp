@@ -23,15 +23,15 @@ void bind_rows(py::module_& module) {
 
   module.def(
       "order_tokens",
-      [](at::Tensor expert, int64_t num_experts, int64_t num_chunks, bool chunk_by_expert, int64_t rank,
-         std::vector<int64_t> node_of_rank, std::vector<int64_t> first_hop, int64_t num_pieces,
-         int64_t rows_per_piece) {
-        return order_tokens({std::move(expert), num_experts, num_chunks, chunk_by_expert, rank, std::move(node_of_rank),
-                             std::move(first_hop), num_pieces, rows_per_piece});
+      [](at::Tensor expert, int64_t num_experts, int64_t num_chunks, bool chunk_by_expert,
+         std::vector<int64_t> chunk_of_rank, int64_t rank, std::vector<int64_t> node_of_rank,
+         std::vector<int64_t> first_hop, int64_t num_pieces, int64_t rows_per_piece) {
+        return order_tokens({std::move(expert), num_experts, num_chunks, chunk_by_expert, std::move(chunk_of_rank),
+                             rank, std::move(node_of_rank), std::move(first_hop), num_pieces, rows_per_piece});
       },
       py::kw_only(), py::arg("expert"), py::arg("num_experts"), py::arg("num_chunks"), py::arg("chunk_by_expert"),
-      py::arg("rank"), py::arg("node_of_rank"), py::arg("first_hop"), py::arg("num_pieces"), py::arg("rows_per_piece"),
-      NoGil());
+      py::arg("chunk_of_rank"), py::arg("rank"), py::arg("node_of_rank"), py::arg("first_hop"), py::arg("num_pieces"),
+      py::arg("rows_per_piece"), NoGil());
 
   py::class_<OrderedTokens>(module, "OrderedTokens")
       .def_readonly("tokens", &OrderedTokens::tokens)
@@ -40,16 +40,18 @@ void bind_rows(py::module_& module) {
 
   module.def(
       "order_tokens_on_device",
-      [](at::Tensor expert, int64_t num_experts, int64_t num_chunks, bool chunk_by_expert, int64_t rank,
-         std::vector<int64_t> node_of_rank, std::vector<int64_t> first_hop, int64_t num_pieces, int64_t rows_per_piece,
-         const at::Tensor& tables, const at::Tensor& message, int64_t first_column) {
-        return order_tokens_on_device({std::move(expert), num_experts, num_chunks, chunk_by_expert, rank,
-                                       std::move(node_of_rank), std::move(first_hop), num_pieces, rows_per_piece},
-                                      tables, {first_column}, message);
+      [](at::Tensor expert, int64_t num_experts, int64_t num_chunks, bool chunk_by_expert,
+         std::vector<int64_t> chunk_of_rank, int64_t rank, std::vector<int64_t> node_of_rank,
+         std::vector<int64_t> first_hop, int64_t num_pieces, int64_t rows_per_piece, const at::Tensor& tables,
+         const at::Tensor& message, int64_t first_column) {
+        return order_tokens_on_device(
+            {std::move(expert), num_experts, num_chunks, chunk_by_expert, std::move(chunk_of_rank), rank,
+             std::move(node_of_rank), std::move(first_hop), num_pieces, rows_per_piece},
+            tables, {first_column}, message);
       },
       py::kw_only(), py::arg("expert"), py::arg("num_experts"), py::arg("num_chunks"), py::arg("chunk_by_expert"),
-      py::arg("rank"), py::arg("node_of_rank"), py::arg("first_hop"), py::arg("num_pieces"), py::arg("rows_per_piece"),
-      py::arg("tables"), py::arg("message"), py::arg("first_column"), NoGil());
+      py::arg("chunk_of_rank"), py::arg("rank"), py::arg("node_of_rank"), py::arg("first_hop"), py::arg("num_pieces"),
+      py::arg("rows_per_piece"), py::arg("tables"), py::arg("message"), py::arg("first_column"), NoGil());
   module.def("routes_on_device", &routes_on_device, py::arg("tensor"));
 
   module.def(

@@ -18,7 +18,7 @@ TRUE_OR_FALSE = ("boolean",)
 COMMS = ("auto", "direct", "pipe")
 COUNTS = ("integer of 1 or more", "list")
 CODECS = ("none", "int8")
-CHUNK_BYS = ("'token'", "'expert'")
+CHUNK_BYS = ("'token'", "'expert'", "'source'")
 EXACTNESSES = ("'exact'", "'reordered'", "'lossy'")
 
 # key, bad value, words that tell what is allowed
@@ -279,3 +279,10 @@ def test_other_sections_are_left_alone() -> None:
     settings = {"optimizer": {}, "planmoe": {"chunks": 2}, "zero_optimization": {}, "pipeline": {}}
     assert find_section(settings, "planmoe") == {"chunks": 2}
     assert find_section({"pipeline": {}}, "planmoe") is None
+
+
+def test_chunks_by_source_need_a_number() -> None:
+    with pytest.raises(PlanMoEConfigError) as error:
+        parse_config({"chunks": "auto", "chunk_by": "source"})
+    for words in ("chunk_by 'source' excludes chunks 'auto'", "set chunks to a number"):
+        assert words in str(error.value)

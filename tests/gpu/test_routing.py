@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from planmoe_ds.backend import RowRoutes, find_experts, order_tokens, order_tokens_on_device, routes_on_device
+from planmoe_ds.chunking import Chunking, chunking_of
+from planmoe_ds.config import ChunkBy
 from tests.gpu.support import random_routes, spread_of
 
 pytestmark = pytest.mark.gpu
@@ -19,30 +21,31 @@ CLUSTERS = {
 }
 
 
-def routing_tables(nodes: list[int], hops: list[int], rank: int) -> torch.Tensor:
+def routing_tables(nodes: list[int], hops: list[int], rank: int, chunk_of_rank: tuple[int, ...]) -> torch.Tensor:
     lists = sorted(set(hops), key=lambda hop: (nodes[hop] != nodes[rank], hop))
     places = [nodes[:peer].count(node) for peer, node in enumerate(nodes)]
     padded = lists + [-1] * (len(nodes) - len(lists))
-    return torch.tensor([[lists.index(hop) for hop in hops], padded, places], dtype=torch.int32)
+    chunks = [list(chunk_of_rank)] if chunk_of_rank else []
+    return torch.tensor([[lists.index(hop) for hop in hops], padded, places, *chunks], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
-@pytest.mark.parametrize("chunk_by_expert", [False, True])
+@pytest.mark.parametrize("chunk_by", list(ChunkBy))
 @pytest.mark.parametrize("num_chunks", [1, 3])
 @pytest.mark.parametrize("num_tokens", [0, 1, 700, 3001])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_tokens_are_ordered_as_on_the_cpu(
-    cluster: str, chunk_by_expert: bool, num_chunks: int, num_tokens: int, dtype: torch.dtype
+    cluster: str, chunk_by: ChunkBy, num_chunks: int, num_tokens: int, dtype: torch.dtype
 ) -> None:
     nodes, hops = CLUSTERS[cluster]
     ranks, passes_on = len(nodes), hops is not None
     hops = list(range(ranks)) if hops is None else hops
     num_experts, rank = 4 * ranks, 1 % ranks
     expert_KT = random_routes(num_tokens, min(6, num_experts), num_experts).t()
+    chunking = chunking_of(chunk_by, num_chunks, nodes, rank)
     settings = {
         "num_experts": num_experts,
-        "num_chunks": num_chunks,
-        "chunk_by_expert": chunk_by_expert,
+        **chunking.settings(),
         "rank": rank,
         "node_of_rank": nodes,
         "first_hop": hops,
@@ -55,7 +58,7 @@ def test_tokens_are_ordered_as_on_the_cpu(
     parts += [(num_chunks, pieces), (num_chunks, pieces, group)] if passes_on else []
     width = sum(torch.Size(part).numel() for part in parts)
     message = torch.zeros(ranks, 5 + width + 1, dtype=torch.int64, device="cuda")
-    tables = routing_tables(nodes, hops, rank)
+    tables = routing_tables(nodes, hops, rank, chunking.chunk_of_rank)
     found = order_tokens_on_device(
         expert=expert_KT.to(dtype).cuda(), **settings, tables=tables.cuda(), message=message, first_column=5
     )
@@ -74,17 +77,17 @@ def test_tokens_are_ordered_as_on_the_cpu(
     lists = [part for pair in zip(expected.near_token, expected.far_token, strict=True) for part in pair]
     tokens = torch.cat(lists)
     assert torch.equal(found.tokens[: tokens.numel()].cpu(), tokens)
-    check_returns(found.near_return, expected.near_token, chunk_by_expert, num_tokens)
+    check_returns(found.near_return, expected.near_token, chunking, num_tokens)
     if found.far_return is not None:
-        check_returns(found.far_return, expected.far_token, chunk_by_expert, num_tokens)
+        check_returns(found.far_return, expected.far_token, chunking, num_tokens)
 
 
-def check_returns(returns: torch.Tensor, token_lists: list[torch.Tensor], by_expert: bool, num_tokens: int) -> None:
+def check_returns(returns: torch.Tensor, token_lists: list[torch.Tensor], chunking: Chunking, num_tokens: int) -> None:
     """Every token's places in its chunk's list, in order, then -1."""
     expected: list[list[list[int]]] = [[[] for _ in range(num_tokens)] for _ in range(returns.shape[0])]
     for chunk, tokens in enumerate(token_lists):
         for place, token in enumerate(tokens.tolist()):
-            expected[chunk if by_expert else 0][token].append(place)
+            expected[0 if chunking.divides_tokens else chunk][token].append(place)
     slots = returns.shape[2]
     padded = [[places + [-1] * (slots - len(places)) for places in copy] for copy in expected]
     assert torch.equal(returns.cpu(), torch.tensor(padded, dtype=torch.int32).reshape(returns.shape))
@@ -114,7 +117,7 @@ def test_routes_to_missing_experts_are_counted() -> None:
     message = torch.zeros(1, 9, dtype=torch.int64, device="cuda")
     expert = torch.tensor([[0, 7, -1, 4]], device="cuda")
     order_tokens_on_device(
-        expert=expert, num_experts=4, num_chunks=1, chunk_by_expert=False, rank=0, node_of_rank=[0], first_hop=[0],
+        expert=expert, num_experts=4, **Chunking(1).settings(), rank=0, node_of_rank=[0], first_hop=[0],
         num_pieces=0, rows_per_piece=1, tables=torch.zeros(3, 1, dtype=torch.int32, device="cuda"), message=message,
         first_column=0,
     )  # fmt: skip
@@ -125,7 +128,7 @@ def test_bad_input() -> None:
     assert routes_on_device(torch.zeros(1, device="cuda"))
     assert not routes_on_device(torch.zeros(1))
     settings = {
-        "num_experts": 4, "num_chunks": 1, "chunk_by_expert": False, "rank": 0, "node_of_rank": [0], "first_hop": [0],
+        "num_experts": 4, **Chunking(1).settings(), "rank": 0, "node_of_rank": [0], "first_hop": [0],
         "num_pieces": 0, "rows_per_piece": 1, "first_column": 0,
     }  # fmt: skip
     expert = torch.zeros(1, 3, dtype=torch.int64, device="cuda")

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planmoe_ds.backend import RowRoutes, TokenOrder, find_experts, order_tokens
+from planmoe_ds.chunking import Chunking, chunking_of
 from planmoe_ds.config import ChunkBy, parse_config
+from planmoe_ds.counts import Talk
 from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.group import connect
 from planmoe_ds.headers import Header
-from planmoe_ds.plan import NO_ROUTE, PlanRequest, _lay_out, build_plan
+from planmoe_ds.plan import NO_ROUTE, BufferRequest, _lay_out, build_plan
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.topology import Topology
 from tests.harness.ranks import RankPool
@@ -31,7 +33,7 @@ class Case:
     rank: int
     per_rank: int
     num_chunks: int
-    chunk_by_expert: bool
+    chunk_by: ChunkBy
     num_pieces: int  # 0: nothing is passed on
     rows_per_piece: int
     expert_KT: torch.Tensor
@@ -51,8 +53,14 @@ class Case:
         return hops
 
     def chunk_of(self, token: int, expert: int) -> int:
-        if self.chunk_by_expert:
+        if self.chunk_by is ChunkBy.EXPERT:
             return expert % self.per_rank * self.num_chunks // self.per_rank
+        if self.chunk_by is ChunkBy.SOURCE:
+            place = sorted(set(self.nodes)).index if len(set(self.nodes)) > 1 else int
+            of_rank = self.nodes if len(set(self.nodes)) > 1 else range(len(self.nodes))
+            ring = len(set(of_rank))
+            distance = (place(of_rank[expert // self.per_rank]) - place(of_rank[self.rank])) % ring
+            return distance * self.num_chunks // ring
         return token * self.num_chunks // self.expert_KT.shape[1]
 
 
@@ -68,7 +76,7 @@ def routings(draw: st.DrawFn) -> Case:
         rank=draw(st.integers(0, len(nodes) - 1)),
         per_rank=per_rank,
         num_chunks=draw(st.integers(1, 5)),
-        chunk_by_expert=draw(st.booleans()),
+        chunk_by=draw(st.sampled_from(list(ChunkBy))),
         num_pieces=draw(st.sampled_from([0, 1, 3, 8])),
         rows_per_piece=draw(st.integers(1, 4)),
         expert_KT=torch.randint(NO_ROUTE, highest, shape, generator=generator),
@@ -79,8 +87,7 @@ def run_order(case: Case) -> TokenOrder:
     return order_tokens(
         expert=case.expert_KT,
         num_experts=len(case.nodes) * case.per_rank,
-        num_chunks=case.num_chunks,
-        chunk_by_expert=case.chunk_by_expert,
+        **chunking_of(case.chunk_by, case.num_chunks, case.nodes, case.rank).settings(),
         rank=case.rank,
         node_of_rank=list(case.nodes),
         first_hop=case.first_hops,
@@ -154,8 +161,25 @@ def test_tokens_are_ordered_and_counted(case: Case) -> None:
 def test_bad_routings(expert: torch.Tensor, num_experts: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         order_tokens(
-            expert=expert, num_experts=num_experts, num_chunks=1, chunk_by_expert=False, rank=0, node_of_rank=[0, 0],
+            expert=expert, num_experts=num_experts, **Chunking(1).settings(), rank=0, node_of_rank=[0, 0],
             first_hop=[0, 1], num_pieces=0, rows_per_piece=1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("chunk_of_rank", "first_hop", "words"),
+    [
+        ([0], [0, 1], "chunk_of_rank has 1 numbers, there are 2 ranks"),
+        ([0, 2], [0, 1], "rank 1 has chunk 2, there are 2"),
+        ([0, 1], [0, 0], "rank 1 has chunk 1, rank 0, to which its rows go first, has 0"),
+    ],
+)
+def test_bad_chunks(chunk_of_rank: list[int], first_hop: list[int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        order_tokens(
+            expert=torch.zeros(1, 2, dtype=torch.int64), num_experts=2, num_chunks=2, chunk_by_expert=False,
+            chunk_of_rank=chunk_of_rank, rank=0, node_of_rank=[0, 0], first_hop=first_hop, num_pieces=0,
+            rows_per_piece=1,
         )  # fmt: skip
 
 
@@ -298,13 +322,13 @@ def launch_in_order(orders: list[str]) -> str:
     for arrival in arrivals:
         assert arrival.exchange is not None
         arrival.exchange.wait()
-    request = PlanRequest(
-        num_chunks=1, chunk_by=ChunkBy.TOKEN, row_bytes=16, padded_capacity=None, row_order=None,
+    talk = Talk(
+        num_experts=3, chunking=Chunking(1), row_bytes=16, notes=(), group=groups["all"], recorder=Recorder(device),
         header=Header(layer=7, hidden_size=4, routes_per_token=1, num_experts=3),
+        label=Label("plan", 7, -1, "forward"),
     )  # fmt: skip
-    label = Label("plan", 7, -1, "forward")
     try:
-        build_plan(torch.tensor([[0, 1, 2]]), 3, groups["all"], request, Recorder(device), label)
+        build_plan(torch.tensor([[0, 1, 2]]), talk, BufferRequest())
     except PlanMoEMismatchError as error:
         return str(error)
     return ""

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planmoe_ds.chunking import Chunking, chunking_of
 from planmoe_ds.config import ChunkBy
 from planmoe_ds.rows import RowSide, order_rows, plan_row_trip
 from tests.engine.support import slots_of
@@ -25,11 +26,14 @@ def test_rows_are_sorted_and_complete(
     generator = torch.Generator().manual_seed(seed)
     expert = torch.randint(DROPPED, num_experts, (num_routes, num_tokens), generator=generator, dtype=torch.int32)
     slot = slots_of(expert, num_experts)
-    order = order_rows(expert, slot, num_experts, num_chunks, chunk_by, num_ranks)
+    chunking = chunking_of(chunk_by, num_chunks, range(num_ranks), 0)
+    order = order_rows(expert, slot, num_experts, chunking, num_ranks)
 
     def chunk_of(token: int, chosen: int) -> int:
         if chunk_by is ChunkBy.TOKEN:
             return token * num_chunks // num_tokens
+        if chunk_by is ChunkBy.SOURCE:
+            return chosen // per_rank * num_chunks // num_ranks
         return chosen % per_rank * num_chunks // per_rank
 
     kept = []
@@ -57,7 +61,7 @@ def test_rows_are_sorted_and_complete(
 @pytest.mark.parametrize("chunk_by", list(ChunkBy))
 def test_all_tokens_to_one_expert(chunk_by: ChunkBy) -> None:
     expert = torch.full((1, 6), 3)
-    order = order_rows(expert, slots_of(expert, 4), 4, 2, chunk_by, 2)
+    order = order_rows(expert, slots_of(expert, 4), 4, chunking_of(chunk_by, 2, (0, 1), 0), 2)
     assert order.counts_XE.sum(0).tolist() == [0, 0, 0, 6]
     assert order.counts_XE[:, 3].tolist() == ([3, 3] if chunk_by is ChunkBy.TOKEN else [0, 6])
 
@@ -68,7 +72,7 @@ def test_both_sides_of_a_trip(near: list[bool], per_rank: int, num_chunks: int, 
     num_ranks, generator = len(near), torch.Generator().manual_seed(seed)
     expert = torch.randint(DROPPED, num_ranks * per_rank, (2, 9), generator=generator)
     order = order_rows(
-        expert, slots_of(expert, num_ranks * per_rank), num_ranks * per_rank, num_chunks, ChunkBy.TOKEN, num_ranks
+        expert, slots_of(expert, num_ranks * per_rank), num_ranks * per_rank, Chunking(num_chunks), num_ranks
     )
     received = torch.randint(0, 4, (num_ranks, per_rank), generator=generator)
     base = torch.randint(0, 1000, (num_ranks, per_rank), generator=generator)
