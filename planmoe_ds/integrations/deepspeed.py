@@ -36,6 +36,7 @@ from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup, connect
 from planmoe_ds.grouped import share_storage
 from planmoe_ds.guard import QualityGuard
+from planmoe_ds.integrations.deepspeed_checkpoints import watch_checkpoints
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.plan import Routes
 from planmoe_ds.recorder import Recorder
@@ -145,7 +146,10 @@ def configure(engine: Any, config: PlanMoEConfig) -> Session | None:
     """Switch the engine's model over, if the config says so; every rank calls this at the same time."""
     if not config.enabled:
         return None
-    return _activate_layers(_moe_layers(engine.module), config, torch.device(engine.device))
+    layers = _moe_layers(engine.module)
+    session = _activate_layers(layers, config, torch.device(engine.device))
+    watch_checkpoints(engine, [layer.ep_size for layer in layers])
+    return session
 
 
 def _report_failure(settings: dict[str, str]) -> None:

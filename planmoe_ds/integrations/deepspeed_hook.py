@@ -1,5 +1,7 @@
 """What is patched in DeepSpeed: DeepSpeedEngine._configure_distributed_model, wrapped once.
 
+Engines with planmoe on have their save_checkpoint and load_checkpoint wrapped, too: see deepspeed_checkpoints.py.
+
 Light on purpose: it is imported with planmoe_ds, before anybody has asked for planmoe.
 """
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from planmoe_ds.errors import PlanMoEConfigError
+from tests.deepspeed.model import TinyModel, tell_experts_apart
 from tests.deepspeed.training import EXACT, Case, Values, difference, make_engine, train_engine, two_layers
 from tests.harness.ranks import RankPool
 
@@ -52,3 +54,62 @@ def compare_readers_and_writers(case: Case, folder: str) -> list[str]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_checkpoints_of_both_are_one(ranks: RankPool, tmp_path: Any, case: Case) -> None:
     assert ranks.run(4, compare_readers_and_writers, case, str(tmp_path), timeout=120) == [[""] * 3] * 4
+
+
+def load_with_another_size(config: dict[str, Any], folder: str, options: dict[str, Any]) -> list[str]:
+    """A checkpoint of expert-parallel size 2 into engines of size 4: what load_checkpoint says, what it leaves."""
+    two = Case("", two_layers(k=2, ep_size=2), config, prepare=shift)
+    four = Case("", two_layers(k=2, ep_size=4), config)
+    engine = make_engine(two, EXACT)
+    train_engine(engine, two, 1)
+    engine.save_checkpoint(folder, tag="first")
+    dist.barrier()
+    written = all_experts(engine, 2)
+    fresh = make_engine(four, EXACT)
+    try:
+        fresh.load_checkpoint(folder, **options)
+    except PlanMoEConfigError as error:
+        return [str(error)]
+    train_engine(fresh, four, 1)  # the optimizer's own copies of the weights must be the loaded ones
+    moved = all_experts(fresh, 4)
+    far = [name for name, value in written.items() if (moved[name] - value).abs().max() > 0.05]
+    return [] if written.keys() == moved.keys() and not far else [f"not as written: {far}"]
+
+
+def shift(model: TinyModel) -> None:
+    """Weights that no fresh model has."""
+    tell_experts_apart(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+
+
+def all_experts(engine: Any, ep_size: int) -> Values:
+    """Every expert's parameters by layer and number, on every rank."""
+    mine: Values = {}
+    for index, layer in enumerate(engine.module.moe_layers()):
+        for local, expert in enumerate(layer.experts.deepspeed_experts):
+            number = dist.get_rank() % ep_size * layer.num_local_experts + local
+            for name, parameter in expert.named_parameters():
+                mine[f"{index}.{number}.{name}"] = parameter.detach().clone()
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    return {name: value for part in everybody for name, value in part.items()}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_another_expert_parallel_size_is_refused_by_name(ranks: RankPool, tmp_path: Any, stage: int) -> None:
+    config = {**ADAM, "zero_optimization": {"stage": stage}}
+    for printed in ranks.run(4, load_with_another_size, config, str(tmp_path), {}, timeout=120):
+        assert len(printed) == 1
+        for words in (f"in {tmp_path}/first", "size 2, this run has 4", "load_module_only=True"):
+            assert words in printed[0]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("option", [{"load_module_only": True}, {"load_optimizer_states": False}], ids=str)
+def test_weights_alone_load_with_another_size(
+    ranks: RankPool, tmp_path: Any, stage: int, option: dict[str, bool]
+) -> None:
+    config = {**ADAM, "zero_optimization": {"stage": stage}}
+    assert ranks.run(4, load_with_another_size, config, str(tmp_path), option, timeout=120) == [[]] * 4
