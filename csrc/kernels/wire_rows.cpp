@@ -7,11 +7,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
-#include <vector>
 
 #include "device.h"
 #include "parallel.h"
+#include "row_coder.h"
 
 #define PLANMOE_DISPATCH(dtype, name, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, name, __VA_ARGS__)
@@ -21,93 +20,9 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-template <class scalar>
-using Wide = std::conditional_t<std::is_same_v<scalar, double>, double, float>;
-
 at::ScalarType wide(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
 
 const int64_t* places(const OptionalTensor& index) { return index ? index->const_data_ptr<int64_t>() : nullptr; }
-
-// A row of values as the CPU kernels see it: `Wide` numbers in a scratch row of their own thread.
-template <class wide_t>
-wide_t* scratch(int64_t hidden) {
-  thread_local std::vector<wide_t> row;
-  if (static_cast<int64_t>(row.size()) < hidden) row.resize(hidden);
-  return row.data();
-}
-
-// The CPU's codec of one row: values of `scalar` on the wire's side of a RowCodec, or as they are.
-template <class scalar>
-class RowCoder {
- public:
-  RowCoder(const AbstractCompressor& codec, int64_t hidden)
-      : identity_(codec.is_identity()), codec_(dynamic_cast<const RowCodec*>(&codec)), hidden_(hidden) {}
-
-  void encode(const Wide<scalar>* values, uint8_t* wire) const {
-    if (identity_) {
-      for (int64_t i = 0; i < hidden_; ++i) {
-        const auto value = static_cast<scalar>(values[i]);
-        std::memcpy(wire + i * sizeof(scalar), &value, sizeof(scalar));
-      }
-    } else if constexpr (!std::is_same_v<scalar, double>) {
-      codec_->encode_row(values, hidden_, c10::CppTypeToScalarType<scalar>::value, wire);
-    }
-  }
-
-  void decode(const uint8_t* wire, Wide<scalar>* values) const {
-    if (identity_) {
-      for (int64_t i = 0; i < hidden_; ++i) {
-        scalar value;
-        std::memcpy(&value, wire + i * sizeof(scalar), sizeof(scalar));
-        values[i] = static_cast<Wide<scalar>>(value);
-      }
-    } else if constexpr (!std::is_same_v<scalar, double>) {
-      codec_->decode_row(wire, hidden_, c10::CppTypeToScalarType<scalar>::value, values);
-    }
-  }
-
-  // The same from and to rows of another dtype.
-  template <class other>
-  void encode_from(const other* values, uint8_t* wire) const {
-    if constexpr (std::is_same_v<other, Wide<scalar>>) {
-      encode(values, wire);
-    } else {
-      auto* row = scratch<Wide<scalar>>(hidden_);
-      for (int64_t h = 0; h < hidden_; ++h) row[h] = static_cast<Wide<scalar>>(values[h]);
-      encode(row, wire);
-    }
-  }
-
-  template <class other>
-  void decode_to(const uint8_t* wire, other* values) const {
-    if constexpr (std::is_same_v<other, Wide<scalar>>) {
-      decode(wire, values);
-    } else {
-      auto* row = scratch<Wide<scalar>>(hidden_);
-      decode(wire, row);
-      for (int64_t h = 0; h < hidden_; ++h) values[h] = static_cast<other>(row[h]);
-    }
-  }
-
- private:
-  bool identity_;
-  const RowCodec* codec_;
-  int64_t hidden_;
-};
-
-// Sixteen sums at a time, so that the compiler may use vectors; the order is fixed.
-template <class wide_t, class scalar>
-wide_t dot(const wide_t* left, const scalar* right, int64_t count) {
-  constexpr int64_t kLanes = 16;
-  wide_t sums[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += left[i + lane] * static_cast<wide_t>(right[i + lane]);
-  wide_t total = 0;
-  for (; i < count; ++i) total += left[i] * static_cast<wide_t>(right[i]);
-  for (const wide_t sum : sums) total += sum;
-  return total;
-}
 
 bool by_rows(const AbstractCompressor& codec, const at::Tensor& tensor) {
   return tensor.device().is_cpu() && (codec.is_identity() || dynamic_cast<const RowCodec*>(&codec) != nullptr);
@@ -267,7 +182,7 @@ void spread_rows(const AbstractCompressor& codec, const at::Tensor& wire, const 
       for (int64_t e = start[i]; e < start[i + 1]; ++e) {
         const wide_t factor = weight ? weight[e] : wide_t{1};
         scalar_t* to = values + target[e] * hidden;
-        for (int64_t h = 0; h < hidden; ++h) to[h] = static_cast<scalar_t>(row[h] * factor);
+        for (int64_t h = 0; h < hidden; ++h) to[h] = narrow<scalar_t>(row[h] * factor);
       }
     });
   });
@@ -310,7 +225,7 @@ void fold_rows(const AbstractCompressor& codec, const at::Tensor& rows, const Sp
       for (int64_t e = start[i]; e < start[i + 1]; ++e) {
         const wide_t factor = weight ? weight[e] : wide_t{1};
         const scalar_t* row = values + target[e] * hidden;
-        for (int64_t h = 0; h < hidden; ++h) sum[h] += static_cast<wide_t>(row[h]) * factor;
+        for (int64_t h = 0; h < hidden; ++h) sum[h] += widen(row[h]) * factor;
       }
       coder.encode(sum, bytes + i * stride);
     });
