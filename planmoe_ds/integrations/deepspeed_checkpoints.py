@@ -42,13 +42,13 @@ def watch_checkpoints(engine: Any, expert_parallel_sizes: list[int]) -> None:
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
-        **kwargs: Any,
+        custom_load_fn: Any = None,
     ) -> Any:
         if load_optimizer_states and not load_module_only and not engine.load_universal_checkpoint():
             _compare(Path(load_dir), tag, expert_parallel_sizes)
         return load(
             load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only,
-            **kwargs,
+            custom_load_fn,
         )  # fmt: skip
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
