@@ -47,7 +47,7 @@ class Calls:
 @contextlib.contextmanager
 def watched(calls: Calls) -> Iterator[None]:
     """Count what the guard does."""
-    from planmoe_ds import plan
+    from planmoe_ds.counts import Talk
     from planmoe_ds.group import ExpertGroup
     from planmoe_ds.layer import ExpertParallelLayer
 
@@ -67,7 +67,7 @@ def watched(calls: Calls) -> Iterator[None]:
             stack.enter_context(patch.object(owner, name, call))
 
         for name in PARTS:
-            follow(plan, name)
+            follow(Talk, name)
         for name in ("waiting", "working"):
             follow(ExpertGroup, name, empty=True)
         follow(ExpertParallelLayer, "_header")
@@ -77,11 +77,11 @@ def watched(calls: Calls) -> Iterator[None]:
 @contextlib.contextmanager
 def unguarded() -> Iterator[None]:
     """Nothing is checked and no wait is told to the watchdog."""
-    from planmoe_ds import plan
+    from planmoe_ds.counts import Talk
     from planmoe_ds.group import ExpertGroup
 
-    def notes(received: Any, opening: Any, request: Any, _group: Any) -> tuple[int, ...]:
-        first = opening.shape[1] - len(request.notes)
+    def notes(talk: Any, received: Any, opening: Any) -> tuple[int, ...]:
+        first = opening.shape[1] - len(talk.notes)
         return tuple(received[:, first : opening.shape[1]].amax(0).tolist())
 
     def working(group: Any, _what: str, phase: int) -> Any:
@@ -89,8 +89,8 @@ def unguarded() -> Iterator[None]:
         return contextlib.nullcontext()
 
     with (
-        patch.object(plan, "_check_opening", notes),
-        patch.object(plan, "_check_counts", lambda *_: None),
+        patch.object(Talk, "_check_opening", notes),
+        patch.object(Talk, "_check_counts", lambda *_: None),
         patch.object(ExpertGroup, "waiting", lambda *_: contextlib.nullcontext()),
         patch.object(ExpertGroup, "working", working),
     ):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import planmoe_ds.plan as plan_module
+from planmoe_ds.counts import Counts
 from planmoe_ds.group import NUM_LINKS
 from tests.engine.support import drop_groups
 from tests.faults.layers import Model, batch, seconds_until_error
@@ -37,16 +37,16 @@ def tell(name: str, settings: dict[str, object]) -> tuple[float, str, str]:
     """Rank ODD tells rank 0 spoiled counts about its second layer."""
     model = Model(settings)
     hidden = model.layer(0, *batch())
-    pack = plan_module._Counts.pack
+    pack = Counts.pack
 
-    def spoil(counts: plan_module._Counts) -> torch.Tensor:
+    def spoil(counts: Counts) -> torch.Tensor:
         packed = pack(counts)
         if dist.get_rank() == ODD:
             SPOILED[name](packed)
         return packed
 
     dist.barrier()
-    with patch.object(plan_module._Counts, "pack", spoil):
+    with patch.object(Counts, "pack", spoil):
         return seconds_until_error(lambda: model.layer(1, hidden, batch()[1]))
 
 
