@@ -20,7 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from planmoe_ds.errors import PlanMoEError  # noqa: F401  for tests
@@ -33,11 +33,23 @@ DEVICE = rank_device()
 Values = dict[str, torch.Tensor]
 
 
+def forget_layers() -> None:
+    """Megatron's log of losses by layer has the number of layers of an earlier training."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker  # 0.18 and later
+    except ImportError:
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+    else:
+        set_moe_metrics_tracker(None)
+
+
 def start(case: Case) -> None:
     """Make Megatron's groups; those of an earlier training go, since each holds threads."""
     parallel_state.destroy_model_parallel()
     drop_groups()
-    get_moe_layer_wise_logging_tracker().clear()  # it has the number of layers of an earlier training
+    forget_layers()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # and this that training's shape
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=case.tensor,
