@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,8 +164,13 @@ class PlanMoELayer(MoELayer):  # type: ignore[misc]
         return dispatcher.run(hidden_states, probs, self.experts), None
 
 
-def with_planmoe(moe_spec: ModuleSpec) -> ModuleSpec:
-    """A MoE layer's spec, as megatron.core's get_moe_module_spec() returns it, for layers that insist on planmoe."""
+def with_planmoe(moe_spec: Any) -> Any:
+    """A MoE layer's spec, as megatron.core's get_moe_module_spec() returns it, for layers that insist on planmoe.
+
+    A ModuleSpec, or with 0.19 and later a functools.partial of MoELayer.
+    """
+    if isinstance(moe_spec, partial):
+        return partial(PlanMoELayer, *moe_spec.args, **moe_spec.keywords)
     return ModuleSpec(module=PlanMoELayer, params=moe_spec.params, submodules=moe_spec.submodules)
 
 

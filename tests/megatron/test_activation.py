@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -178,7 +179,8 @@ def use_spec() -> str:
     training.start(SHORT)
     config = training.make_config(SHORT)
     spec = with_planmoe(get_moe_module_spec(use_te=False, num_experts=8, moe_grouped_gemm=False))
-    layer = build_module(spec, config=config)
+    is_partial = isinstance(spec, functools.partial)  # 0.19 and later
+    layer = spec(config=config) if is_partial else build_module(spec, config=config)
     layer.set_layer_number(1)
     hidden = torch.randn(4, 2, 16)
     try:
