@@ -1,6 +1,6 @@
 """Runs a script of a Megatron-LM checkout on CPU ranks, with planmoe's flags.
 
-    cd Megatron-LM && PYTHONPATH=.:PLANMOE torchrun --nproc_per_node 4 -m tests.megatron.megatron_lm_on_cpu \
+    cd Megatron-LM && PYTHONPATH=.:PLANMOE torchrun --nproc_per_node 4 PLANMOE/tests/megatron/megatron_lm_on_cpu.py \
         pretrain_gpt.py --transformer-impl local … --moe-token-dispatcher planmoe
 
 megatron.training asks for more of CUDA than megatron.core does; `prepare_training()` gives it. Nothing of the checkout
