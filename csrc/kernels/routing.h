@@ -26,10 +26,6 @@ struct OrderRequest {
   bool divides_tokens() const { return !chunk_by_expert && chunk_of_rank.empty(); }
 };
 
-// Raises for chunks by rank that are too many, too few, or different for ranks with one first hop, whose rows travel
-// there together.
-void check_chunks(const OrderRequest& request);
-
 // The tokens of one rank in the order in which their rows leave, and how many rows that makes for whom.
 struct TokenOrder {
   std::vector<at::Tensor> near_token;  // X times int64 [rows], by rank
@@ -66,6 +62,9 @@ OrderedTokens order_tokens_on_device(const OrderRequest& request, const at::Tens
 
 // Whether there are kernels for tensors like this one.
 bool routes_on_device(const at::Tensor& tensor);
+
+// int64 [n] on the CPU.
+at::Tensor to_tensor(const std::vector<int64_t>& values);
 
 // Place of every rank among those of its node.
 std::vector<int64_t> local_ranks(const std::vector<int64_t>& node_of_rank);
