@@ -6,14 +6,28 @@
 namespace planmoe::zfp {
 namespace {
 
-template <int kValues, int kDistance>
+// Bits of `a` where `mask` has ones, of `b` elsewhere, in one instruction.
+__device__ unsigned select_bits(unsigned mask, unsigned a, unsigned b) {
+  unsigned selected;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(selected) : "r"(mask), "r"(a), "r"(b));
+  return selected;
+}
+
+// Zeros above the highest one; 2^32 - 1 for 0.
+__device__ unsigned leading_zeros(unsigned bits) {
+  unsigned zeros;
+  asm("bfind.shiftamt.u32 %0, %1;" : "=r"(zeros) : "r"(bits));
+  return zeros;
+}
+
+template <int kRows, int kDistance>
 __device__ void exchange(unsigned* rows, unsigned low_bits) {
 #pragma unroll
-  for (int a = 0; a < kValues; ++a) {
+  for (int a = 0; a < kRows; ++a) {
     if ((a & kDistance) != 0) continue;
-    const unsigned difference = ((rows[a] >> kDistance) ^ rows[a + kDistance]) & low_bits;
-    rows[a + kDistance] ^= difference;
-    rows[a] ^= difference << kDistance;
+    const unsigned low = rows[a], high = rows[a + kDistance];
+    rows[a] = select_bits(low_bits, low, high << kDistance);
+    rows[a + kDistance] = select_bits(low_bits, low >> kDistance, high);
   }
 }
 
@@ -86,74 +100,165 @@ __device__ void write_plane(unsigned bits, unsigned& significant, BlockWriter& w
   writer.append(code, length);
 }
 
-// Reads bits in order, through a window of two words; past the end of the stream they are 0.
-class BlockReader {
+// Bits [first_bit, first_bit + count) of a stream in registers, the next one on top; zeros follow the last.
+template <int kWords>
+class BitQueue {
  public:
-  __device__ BlockReader(const unsigned* stream, std::size_t num_words, std::size_t first_bit)
-      : word_(stream + first_bit / 32), end_(stream + num_words), shift_(first_bit % 32) {
-    current_ = word_ < end_ ? *word_ : 0;
-    following_ = word_ + 1 < end_ ? word_[1] : 0;
+  __device__ BitQueue(const unsigned* stream, std::size_t first_bit, unsigned count) {
+    const unsigned* word = stream + first_bit / 32;
+    const unsigned shift = first_bit % 32;
+    unsigned current = count > 0 ? word[0] : 0;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const unsigned following = 32u * (i + 1) < shift + count ? word[i + 1] : 0;
+      const unsigned known = count > 32u * i ? count - 32u * i : 0;
+      words_[i] = __brev(__funnelshift_r(current, following, shift) & low_mask(known));
+      current = following;
+    }
   }
-  __device__ unsigned window() const { return __funnelshift_r(current_, following_, shift_); }
-  __device__ void skip(unsigned length) {  // 0..32
-    shift_ += length;
-    if (shift_ < 32) return;
-    shift_ -= 32;
-    ++word_;
-    current_ = following_;
-    following_ = word_ + 1 < end_ ? word_[1] : 0;
+
+  __device__ unsigned top() const { return words_[0]; }
+
+  __device__ void skip(unsigned length) {  // 0..31
+#pragma unroll
+    for (int i = 0; i < kWords - 1; ++i) words_[i] = __funnelshift_l(words_[i + 1], words_[i], length);
+    words_[kWords - 1] <<= length;
+  }
+
+  __device__ bool empty() const {
+    unsigned all = 0;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) all |= words_[i];
+    return all == 0;
   }
 
  private:
-  const unsigned* word_;
-  const unsigned* end_;
-  unsigned shift_;
-  unsigned current_;
-  unsigned following_;
+  unsigned words_[kWords];
 };
 
-__device__ bool remaining_bits_zero(BlockReader reader, unsigned count) {
-  for (; count > 0; reader.skip(count < 32 ? count : 32), count -= count < 32 ? count : 32) {
-    if ((reader.window() & low_mask(count)) != 0) return false;
-  }
-  return true;
-}
-
-// Whether the bits of a block after its flag are 0.
-__device__ bool rest_is_zero(BlockReader reader, unsigned block_bits) {
-  reader.skip(1);
-  return remaining_bits_zero(reader, block_bits - 1);
-}
-
-// All threads of a warp go through the planes together, those without budget idly: left to themselves they drift apart.
+// The planes of one block as they come, coefficient 0 on top, and the coefficients they make.
 template <int kValues>
-__device__ LastPlane read_planes(BlockReader& reader, unsigned budget, unsigned* planes) {
-  LastPlane last;
-  unsigned significant = 0;
+class PlaneStack;
+
+// Four coefficients grow by a bit per plane.
+template <>
+class PlaneStack<4> {
+ public:
+  static constexpr int kSharedWords = 0;
+
+  __device__ explicit PlaneStack(unsigned*) {}
+  __device__ bool full() const { return num_planes_ == kNumPlanes; }
+  __device__ unsigned num_planes() const { return num_planes_; }
+
+  __device__ void push(unsigned plane) {
 #pragma unroll
-  for (int plane = kNumPlanes - 1; plane >= 0; --plane) {
-    if (__all_sync(0xFFFFFFFFu, budget == 0)) break;
-    const unsigned before = budget;
-    if (budget > 0) last.planes = static_cast<unsigned>(kNumPlanes - plane);
-    unsigned known;
-    const unsigned bits = decode_plane<kValues>(reader.window() & low_mask(budget), budget, significant, known);
-    if (before > 0) last.known = known;
-    reader.skip(before - budget);
-    planes[plane % kValues] |= bits << (plane / kValues * kValues);
+    for (int j = 0; j < 4; ++j) coefficients_[j] = __funnelshift_l(plane << j, coefficients_[j], 1);
+    ++num_planes_;
   }
+
+  __device__ void coefficients(unsigned* all) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) all[j] = __funnelshift_lc(0, coefficients_[j], kNumPlanes - num_planes_);
+  }
+
+ private:
+  unsigned coefficients_[4] = {};
+  unsigned num_planes_ = 0;
+};
+
+// Sixteen: the planes lie as 16 bits each in shared memory, as the place of the next one is known to each thread alone.
+template <>
+class PlaneStack<16> {
+ public:
+  static constexpr int kSharedWords = kNumPlanes / 2 + 1;  // odd: the threads of a warp reach different banks
+
+  __device__ explicit PlaneStack(unsigned* words) : words_(words), next_(kNumPlanes) {
+#pragma unroll
+    for (int i = 0; i < kNumPlanes / 2; ++i) words[i] = 0;
+  }
+  __device__ bool full() const { return next_ == 0; }
+  __device__ unsigned num_planes() const { return kNumPlanes - next_; }
+  __device__ void push(unsigned plane) {
+    reinterpret_cast<unsigned short*>(words_)[--next_] = static_cast<unsigned short>(plane >> 16);
+  }
+
+  // All threads of the warp take part: the lower half is often empty for all.
+  __device__ void coefficients(unsigned* all) const {
+    unsigned low[8] = {}, high[8];
+    transpose(words_ + 8, high);
+    if (__any_sync(0xFFFFFFFFu, next_ < kNumPlanes / 2)) transpose(words_, low);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      all[15 - k] = __byte_perm(low[k], high[k], 0x5410);
+      all[7 - k] = __byte_perm(low[k], high[k], 0x7632);
+    }
+  }
+
+ private:
+  // 16 planes of 16 bits: bits k and k + 8 of each become the lower and upper half of row k.
+  static __device__ void transpose(const unsigned* planes, unsigned* rows) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      rows[2 * i] = __byte_perm(planes[i], planes[i + 4], 0x5140);
+      rows[2 * i + 1] = __byte_perm(planes[i], planes[i + 4], 0x7362);
+    }
+    exchange<8, 4>(rows, 0x0F0F0F0Fu);
+    exchange<8, 2>(rows, 0x33333333u);
+    exchange<8, 1>(rows, 0x55555555u);
+  }
+
+  unsigned* words_;
+  unsigned next_;
+};
+
+// Reads planes until `budget` bits are spent. A step takes a plane's bits of the significant coefficients and its first
+// run of zeros, or a further run: every thread goes at its own pace, and no step branches.
+template <int kValues, int kWords>
+__device__ LastPlane read_planes(BitQueue<kWords>& queue, int budget, PlaneStack<kValues>& planes) {
+  unsigned significant = 0, verbatim = 0, plane = 0;
+  while (budget > 0 && !planes.full()) {
+    const unsigned tests = queue.top() << verbatim;
+    plane |= queue.top() & ~(~0u >> verbatim);
+    budget -= static_cast<int>(verbatim);
+    const bool run = significant < kValues && static_cast<int>(tests) < 0;
+    // It ends at a 1, at the last coefficient, or with the budget.
+    const unsigned limit = smaller(static_cast<unsigned>(budget - 1), kValues - 1 - significant);
+    const unsigned zeros = smaller(leading_zeros(tests << 1), limit);
+    unsigned length = run ? 1 + smaller(zeros + 1, limit) : 0;
+    plane |= run ? 0x80000000u >> (significant + zeros) : 0;
+    significant += run ? zeros + 1 : 0;
+    const bool open = significant < kValues;
+    const bool more = open && static_cast<int>(tests << length) < 0;
+    if (open && !more) ++length;  // a 0 test
+    queue.skip(verbatim + length);
+    budget -= static_cast<int>(length);
+    verbatim = more ? 0 : significant;
+    if (!more) planes.push(plane);
+    if (!more) plane = 0;
+  }
+  LastPlane last;
+  if (planes.num_planes() == 0) return last;
+  last.planes = planes.num_planes();
+  last.known = kValues;
+  // Bits past the end were taken for zeros: a last 0 test's, or some of a plane's verbatim ones as well.
+  if (budget < 0) last.known = significant + static_cast<unsigned>(budget) + (significant < kValues);
   return last;
 }
 
-template <int kDimensions>
-__device__ void decode_values(BlockReader& reader, unsigned exponent, unsigned budget, Rounding rounding,
-                              float* block) {
+// `shared`: the thread's own PlaneStack<>::kSharedWords words.
+template <int kDimensions, int kWords>
+__device__ void decode_values(BitQueue<kWords>& queue, unsigned exponent, int budget, Rounding rounding,
+                              unsigned* shared, float* block) {
   constexpr int kValues = kValuesPerBlock<kDimensions>;
-  unsigned planes[kValues] = {}, integers[kValues];
-  const LastPlane last = read_planes<kValues>(reader, budget, planes);
-  transpose_bits<kValues>(planes);
-  if (rounding == Rounding::kLast) round_last<kValues>(last, planes);
+  unsigned coefficients[kValues], integers[kValues];
+  PlaneStack<kValues> planes(shared);
+  const LastPlane last = read_planes<kValues>(queue, budget, planes);
+  planes.coefficients(coefficients);
+  if (rounding == Rounding::kLast) round_last<kValues>(last, coefficients);
 #pragma unroll
-  for (int j = 0; j < kValues; ++j) integers[value_index<kDimensions>(j)] = (planes[j] ^ kNegabinary) - kNegabinary;
+  for (int j = 0; j < kValues; ++j) {
+    integers[value_index<kDimensions>(j)] = (coefficients[j] ^ kNegabinary) - kNegabinary;
+  }
   inverse_transform<kDimensions>(integers);
   const unsigned first = (exponent + 97) >> 1;
   const float first_scale = __uint_as_float(first << 23);

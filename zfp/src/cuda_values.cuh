@@ -23,12 +23,16 @@ struct Layout {
   bool aligned;     // every 4 values along x lie on a multiple of their size
 };
 
-// One block: its grid's place, its place in the grid.
+// One block: its grid, and its place there.
 struct Place {
   std::size_t grid;
   std::size_t block;
-  std::size_t offset;  // of its first value
-  unsigned num_x;      // valid values along each axis
+};
+
+// Its values.
+struct Extent {
+  std::size_t offset;  // of the first
+  unsigned num_x;      // valid ones along each axis
   unsigned num_y;
 };
 
@@ -38,17 +42,22 @@ __device__ std::size_t divide(std::size_t value, std::size_t divisor) {
   return value / divisor;
 }
 
-template <int kDimensions>
 __device__ Place place_of(const Layout& layout, std::size_t index) {
   Place place;
   place.grid = layout.num_blocks == layout.blocks_per_grid ? 0 : divide(index, layout.blocks_per_grid);
   place.block = index - place.grid * layout.blocks_per_grid;
+  return place;
+}
+
+template <int kDimensions>
+__device__ Extent extent_of(const Layout& layout, const Place& place) {
+  Extent extent;
   const std::size_t block_y = kDimensions == 1 ? 0 : divide(place.block, layout.num_blocks_x);
   const std::size_t x = 4 * (place.block - block_y * layout.num_blocks_x), y = 4 * block_y;
-  place.offset = place.grid * layout.values_per_grid + y * layout.width + x;
-  place.num_x = static_cast<unsigned>(layout.width - x < 4 ? layout.width - x : 4);
-  place.num_y = static_cast<unsigned>(layout.height - y < 4 ? layout.height - y : 4);
-  return place;
+  extent.offset = place.grid * layout.values_per_grid + y * layout.width + x;
+  extent.num_x = static_cast<unsigned>(layout.width - x < 4 ? layout.width - x : 4);
+  extent.num_y = static_cast<unsigned>(layout.height - y < 4 ? layout.height - y : 4);
+  return extent;
 }
 
 __device__ float widen(float value) { return value; }
@@ -81,49 +90,60 @@ __device__ unsigned padded_position(unsigned at, unsigned count) {
 }
 
 template <int kDimensions, class Value>
-__device__ void load_block(const Layout& layout, const Place& place, const Value* values, float* block) {
+__device__ void load_block(const Layout& layout, const Extent& extent, const Value* values, float* block) {
   constexpr unsigned kRows = kDimensions == 2 ? 4 : 1;
 #pragma unroll
   for (unsigned y = 0; y < kRows; ++y) {
-    const Value* row = values + place.offset + (kRows == 1 ? 0 : padded_position(y, place.num_y)) * layout.width;
-    if (layout.aligned && place.num_x == 4) {
+    const Value* row = values + extent.offset + (kRows == 1 ? 0 : padded_position(y, extent.num_y)) * layout.width;
+    if (layout.aligned && extent.num_x == 4) {
       const auto quad = *reinterpret_cast<const Quad<Value>*>(row);
       for (unsigned x = 0; x < 4; ++x) block[4 * y + x] = widen(quad.value[x]);
     } else {
-      for (unsigned x = 0; x < 4; ++x) block[4 * y + x] = widen(row[padded_position(x, place.num_x)]);
+      for (unsigned x = 0; x < 4; ++x) block[4 * y + x] = widen(row[padded_position(x, extent.num_x)]);
     }
   }
 }
 
 template <int kDimensions, class Value>
-__device__ void store_block(const Layout& layout, const Place& place, const float* block, Value* values) {
+__device__ void store_block(const Layout& layout, const Extent& extent, const float* block, Value* values) {
   constexpr unsigned kRows = kDimensions == 2 ? 4 : 1;
 #pragma unroll
   for (unsigned y = 0; y < kRows; ++y) {
-    if (y >= place.num_y) break;
-    Value* row = values + place.offset + y * layout.width;
-    if (layout.aligned && place.num_x == 4) {
+    if (y >= extent.num_y) break;
+    Value* row = values + extent.offset + y * layout.width;
+    if (layout.aligned && extent.num_x == 4) {
       Quad<Value> quad;
       for (unsigned x = 0; x < 4; ++x) narrow(block[4 * y + x], quad.value[x]);
       *reinterpret_cast<Quad<Value>*>(row) = quad;
     } else {
-      for (unsigned x = 0; x < place.num_x; ++x) narrow(block[4 * y + x], row[x]);
+      for (unsigned x = 0; x < extent.num_x; ++x) narrow(block[4 * y + x], row[x]);
     }
   }
 }
 
-// Stores a warp's blocks, which lie one after another, through `tile`, 32 * (kValues + 1) floats: each store instruction
-// then writes 32 neighbouring values. All threads of the warp take part.
-template <int kValues, class Value>
-__device__ void store_warp(const float* block, float* tile, unsigned num_blocks, Value* values) {
+// Stores a warp's 2-d blocks, which lie one after another, through `tile`, kTileQuads of shared memory: each store
+// instruction then writes neighbouring values. All threads of the warp take part.
+constexpr unsigned kTileQuads = 4 * 32;
+
+template <class Value>
+__device__ void store_warp(const float* block, float4* tile, unsigned num_blocks, Value* values) {
   const unsigned lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) tile[lane * (kValues + 1) + i] = block[i];
+  for (unsigned y = 0; y < 4; ++y) {  // the rows' order within a block keeps threads off each other's banks
+    tile[4 * lane + (y ^ (lane / 2 % 4))] = {block[4 * y], block[4 * y + 1], block[4 * y + 2], block[4 * y + 3]};
+  }
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) {
+  for (unsigned i = 0; i < 4; ++i) {
     const unsigned at = 32 * i + lane;
-    if (at < num_blocks * kValues) narrow(tile[at / kValues * (kValues + 1) + at % kValues], values[at]);
+    if (at >= 4 * num_blocks) continue;
+    const float4 row = tile[at / 4 * 4 + (at % 4 ^ (at / 8 % 4))];
+    Quad<Value> quad;
+    narrow(row.x, quad.value[0]);
+    narrow(row.y, quad.value[1]);
+    narrow(row.z, quad.value[2]);
+    narrow(row.w, quad.value[3]);
+    reinterpret_cast<Quad<Value>*>(values)[at] = quad;
   }
 }
 

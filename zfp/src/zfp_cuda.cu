@@ -1,5 +1,5 @@
-// One thread per block: values, coefficients and bit planes stay in registers, the stream is read and written as 32-bit
-// words. Only a word that two blocks share is written atomically, into a stream cleared first.
+// One thread per block, whose values and bits stay in registers; the stream is read and written as 32-bit words. Only a
+// word that two blocks share is written atomically, into a stream cleared first.
 #include <cuda_runtime.h>
 
 #include "cuda_planes.cuh"
@@ -17,9 +17,9 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(Layout layout, const V
   constexpr int kValues = kValuesPerBlock<kDimensions>;
   const std::size_t index = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= layout.num_blocks) return;
-  const Place place = place_of<kDimensions>(layout, index);
+  const Place place = place_of(layout, index);
   float block[kValues];
-  load_block<kDimensions>(layout, place, values, block);
+  load_block<kDimensions>(layout, extent_of<kDimensions>(layout, place), values, block);
   unsigned* grid_stream = stream + place.grid * layout.words_per_grid;
   BlockWriter writer(grid_stream, place.block * layout.block_bits, layout.block_bits);
   unsigned exponent = 0;
@@ -54,42 +54,50 @@ __global__ void clear_last_words(Layout layout, std::size_t num_grids, unsigned*
   if (grid < num_grids) stream[(grid + 1) * layout.words_per_grid - 1] = 0;
 }
 
-// The bits of a grid's stream after its last block.
+// The bits of a grid's stream after its last block, less than 64.
 __device__ bool padding_is_zero(const Layout& layout, const unsigned* grid_stream) {
   const std::size_t end = layout.blocks_per_grid * layout.block_bits;
-  const BlockReader padding(grid_stream, layout.words_per_grid, end);
-  return remaining_bits_zero(padding, static_cast<unsigned>(32 * layout.words_per_grid - end));
+  return BitQueue<2>(grid_stream, end, static_cast<unsigned>(32 * layout.words_per_grid - end)).empty();
 }
 
-template <int kDimensions, class Value>
+// kWords: 32-bit words that hold a block's bits.
+template <int kDimensions, int kWords, class Value>
 __global__ void __launch_bounds__(kThreads)
     decode_kernel(Layout layout, const unsigned* stream, Rounding rounding, Value* values, unsigned* num_corrupt) {
   constexpr int kValues = kValuesPerBlock<kDimensions>;
+  constexpr int kSharedWords = PlaneStack<kValues>::kSharedWords;
+  union Shared {  // of a warp; the planes are read before the values are stored
+    unsigned planes[32 * kSharedWords + 1];
+    float4 tile[kDimensions == 2 ? kTileQuads : 1];
+  };
+  __shared__ Shared shared[kThreads / 32];
+  Shared& own = shared[threadIdx.x / 32];
   const std::size_t index = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x;
   const bool idle = index >= layout.num_blocks;  // decodes the last block as well, for its warp's sake
-  const Place place = place_of<kDimensions>(layout, idle ? layout.num_blocks - 1 : index);
+  const Place place = place_of(layout, idle ? layout.num_blocks - 1 : index);
   const unsigned* grid_stream = stream + place.grid * layout.words_per_grid;
-  BlockReader reader(grid_stream, layout.words_per_grid, place.block * layout.block_bits);
-  const unsigned header = reader.window() & low_mask(kHeaderBits);
+  BitQueue<kWords> queue(grid_stream, place.block * layout.block_bits, layout.block_bits);
+  const unsigned header = __brev(queue.top()) & low_mask(kHeaderBits);
   const bool coded = (header & 1u) != 0 && header != kEscapeHeader;
-  bool valid = coded || rest_is_zero(reader, layout.block_bits);
-  reader.skip(kHeaderBits);
+  queue.skip(1);
+  bool valid = coded || queue.empty();
+  queue.skip(kHeaderBits - 1);
   float block[kValues];
-  decode_values<kDimensions>(reader, header >> 1, coded ? layout.block_bits - kHeaderBits : 0, rounding, block);
+  const int budget = coded ? static_cast<int>(layout.block_bits - kHeaderBits) : 0;
+  decode_values<kDimensions>(queue, header >> 1, budget, rounding, own.planes + threadIdx.x % 32 * kSharedWords, block);
   if (!coded) {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) block[i] = __uint_as_float(header == kEscapeHeader ? kQuietNan : 0);
   }
   if (place.block + 1 == layout.blocks_per_grid) valid &= padding_is_zero(layout, grid_stream);
   if (!idle && !valid && num_corrupt != nullptr) atomicAdd(num_corrupt, 1u);
-  if (kDimensions == 2 && layout.contiguous) {
-    __shared__ float tiles[kThreads / 32][32 * (kValues + 1)];
+  if (kDimensions == 2 && layout.contiguous && layout.aligned) {
     const std::size_t first = index - threadIdx.x % 32;
     const std::size_t left = first < layout.num_blocks ? layout.num_blocks - first : 0;
-    const unsigned count = static_cast<unsigned>(left < 32 ? left : 32);
-    store_warp<kValues>(block, tiles[threadIdx.x / 32], count, values + first * kValues);
+    __syncwarp();
+    store_warp(block, own.tile, static_cast<unsigned>(left < 32 ? left : 32), values + first * kValues);
   } else if (!idle) {
-    store_block<kDimensions>(layout, place, block, values);
+    store_block<kDimensions>(layout, extent_of<kDimensions>(layout, place), block, values);
   }
 }
 
@@ -135,10 +143,18 @@ void launch_decode(const Work& work, const Layout& layout, const unsigned* strea
                    unsigned* num_corrupt, cudaStream_t queue) {
   const unsigned blocks = num_thread_blocks(layout.num_blocks);
   auto* typed = static_cast<Value*>(values);
+  const auto launch = [&](auto* kernel) {
+    kernel<<<blocks, kThreads, 0, queue>>>(layout, stream, rounding, typed, num_corrupt);
+  };
+  const unsigned words = (layout.block_bits + 31) / 32;
   if (work.grid.num_dimensions == 1) {
-    decode_kernel<1><<<blocks, kThreads, 0, queue>>>(layout, stream, rounding, typed, num_corrupt);
+    launch(words <= 1   ? decode_kernel<1, 1, Value>
+           : words <= 2 ? decode_kernel<1, 2, Value>
+                        : decode_kernel<1, 4, Value>);
+  } else if (words <= 4) {
+    launch(words <= 2 ? decode_kernel<2, 2, Value> : decode_kernel<2, 4, Value>);
   } else {
-    decode_kernel<2><<<blocks, kThreads, 0, queue>>>(layout, stream, rounding, typed, num_corrupt);
+    launch(words <= 8 ? decode_kernel<2, 8, Value> : decode_kernel<2, 16, Value>);
   }
 }
 
