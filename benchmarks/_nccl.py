@@ -53,6 +53,23 @@ def drop_groups() -> None:
             dist.destroy_process_group(group)
 
 
+def forget_deepspeed_groups() -> None:
+    """Those of the last variant: each holds memory of the card."""
+    from deepspeed.utils import groups
+
+    drop_groups()
+    groups._EXPERT_PARALLEL_GROUP.clear()
+    groups._EXPERT_DATA_PARALLEL_GROUP.clear()
+    groups._WORLD_GROUP = None
+
+
+def describe_ranks(hosts: int) -> str:
+    """Ranks, hosts, cards and NCCL."""
+    cards = min(torch.cuda.device_count(), dist.get_world_size())
+    version = ".".join(map(str, torch.cuda.nccl.version()))
+    return f"{dist.get_world_size()} ranks as {hosts} hosts on {cards} x {torch.cuda.get_device_name()}, NCCL {version}"
+
+
 def median_ms(call: Callable[[], object], rounds: int, warm_up: int = 2) -> float:
     """Milliseconds of the slowest rank, each round begun together."""
     times = []

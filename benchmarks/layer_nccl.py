@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks._nccl import drop_groups, launch, median_ms, start
+from benchmarks._nccl import describe_ranks, forget_deepspeed_groups, launch, median_ms, start
 from benchmarks._stock import without_all_to_all
 
 SHAPES = ["2048,1024,4096,8,2", "4096,2048,1408,64,8"]
@@ -87,16 +87,6 @@ def measure(shape: list[int], variant: str, hosts: int, rounds: int, device: tor
     return figures
 
 
-def forget_groups() -> None:
-    """Those of the last variant: each holds memory of the card."""
-    from deepspeed.utils import groups
-
-    drop_groups()
-    groups._EXPERT_PARALLEL_GROUP.clear()
-    groups._EXPERT_DATA_PARALLEL_GROUP.clear()
-    groups._WORLD_GROUP = None
-
-
 def main() -> None:
     """Launch the ranks, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -119,18 +109,14 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
     speaks = dist.get_rank() == 0
     if speaks:
-        cards = min(torch.cuda.device_count(), dist.get_world_size())
-        print(
-            f"{dist.get_world_size()} ranks as {options.hosts} hosts on {cards} x {torch.cuda.get_device_name()}, "
-            f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-        )
+        print(describe_ranks(options.hosts))
     for text in shapes:
         shape = [int(number) for number in text.split(",")]
         rows = found[text] = {}
         for variant in (STOCK, BOUND, *chosen):
             torch.cuda.reset_peak_memory_stats()
             rows[variant] = measure(shape, variant, options.hosts, rounds, device)
-            forget_groups()
+            forget_deepspeed_groups()
             if speaks:
                 row, stock = rows[variant], rows[STOCK]["ms"]
                 sent = f"{row['sent_mb']:8.1f} MB of stock's {row['stock_mb']:.1f}" if "sent_mb" in row else ""

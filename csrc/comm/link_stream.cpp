@@ -58,7 +58,8 @@ class StreamLink final : public Link {
         lane_(std::move(lane)),
         device_(device),
         side_(c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device)),
-        clock_(std::make_shared<Clock>(device)) {}
+        clock_(std::make_shared<Clock>(device)),
+        nothing_(at::empty({0}, at::TensorOptions(device).dtype(at::kByte))) {}
 
   std::shared_ptr<Transfer> post(Leg leg) override {
     auto transfer = std::make_shared<StreamTransfer>(std::move(leg), device_);
@@ -82,19 +83,37 @@ class StreamLink final : public Link {
     if (leg.prepare) leg.prepare(leg);
     c10::intrusive_ptr<c10d::Work> work;
     if (!leg.receives.empty() || !leg.sends.empty()) {
-      group_->startCoalescing(device_.type());
-      for (const auto& message : leg.receives) {
-        std::vector<at::Tensor> buffers{message.buffer};
-        group_->recv(buffers, static_cast<int>(message.peer), leg.tag);
-      }
-      for (const auto& message : leg.sends) {
-        std::vector<at::Tensor> buffers{message.buffer};
-        group_->send(buffers, static_cast<int>(message.peer), leg.tag);
-      }
-      work = group_->endCoalescing(device_.type());
+      auto received = by_peer(leg.receives), sent = by_peer(leg.sends);
+      work = received.empty() || sent.empty() ? send_and_receive(leg) : group_->alltoall(received, sent);
     }
     for (const auto& [from, to] : leg.local_copies) to.copy_(from, /*non_blocking=*/true);
     if (work) work->wait();  // orders the side stream, not the host
+  }
+
+  // A buffer for every rank of the group, as alltoall takes them; none at all where a rank has several.
+  std::vector<at::Tensor> by_peer(const std::vector<Message>& messages) const {
+    std::vector<at::Tensor> buffers(group_->getSize(), nothing_);
+    for (const auto& message : messages) {
+      auto& buffer = buffers.at(message.peer);
+      if (buffer.numel() > 0) return {};
+      buffer = message.buffer;
+    }
+    return buffers;
+  }
+
+  // Pairs with the alltoall of other ranks: both are NCCL's sends and receives in one group call, but this one costs the
+  // host a step for each.
+  c10::intrusive_ptr<c10d::Work> send_and_receive(const Leg& leg) {
+    group_->startCoalescing(device_.type());
+    for (const auto& message : leg.receives) {
+      std::vector<at::Tensor> buffers{message.buffer};
+      group_->recv(buffers, static_cast<int>(message.peer), leg.tag);
+    }
+    for (const auto& message : leg.sends) {
+      std::vector<at::Tensor> buffers{message.buffer};
+      group_->send(buffers, static_cast<int>(message.peer), leg.tag);
+    }
+    return group_->endCoalescing(device_.type());
   }
 
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
@@ -102,6 +121,7 @@ class StreamLink final : public Link {
   c10::Device device_;
   c10::Stream side_;
   std::shared_ptr<Clock> clock_;
+  at::Tensor nothing_;
 };
 
 }  // namespace

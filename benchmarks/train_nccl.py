@@ -1,0 +1,194 @@
+"""A GPT-MoE trained with DeepSpeed over NCCL: stock against planmoe, step by step.
+
+    python -m benchmarks.train_nccl [--ranks 4] [--hosts 2] [--top-k 8 --experts 64 …] [--quick] [--json FILE]
+        [--profile FILE]
+
+bf16, ZeRO 1, random bytes; every other block of the model has experts. "without all-to-all" is stock with its
+all-to-alls left out: the bound that no dispatch can beat. Milliseconds per step of the slowest rank, medians; one
+variant after the other. `--profile` keeps a step of the last variant as torch's profiler saw it on rank 0, for
+`python -m benchmarks.plot_profile`. Where ranks share a card (see benchmarks/_nccl.py) their computing takes turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks._nccl import describe_ranks, forget_deepspeed_groups, launch, median_ms, start
+from benchmarks._stock import without_all_to_all
+
+ROOT = Path(__file__).resolve().parent.parent
+STOCK, BOUND = "stock DeepSpeed", "without all-to-all (bound)"
+VARIANTS: dict[str, Any] = {
+    STOCK: None,
+    BOUND: None,
+    "planmoe pipe": {"comm": "pipe", "chunks": 1},
+    "planmoe dedup": {"comm": "dedup", "chunks": 1},
+    "planmoe dedup, 2 chunks": {"comm": "dedup", "chunks": 2, "scheduler": "optimal"},
+    "planmoe dedup, hadamard_int8": {"comm": "dedup", "chunks": 1, "compression": "hadamard_int8"},
+    "planmoe dedup, hadamard_int8, 2 chunks": {
+        "comm": "dedup", "chunks": 2, "scheduler": "optimal", "compression": "hadamard_int8",
+    },
+    "planmoe auto": {"comm": "auto", "chunks": "auto", "scheduler": "auto"},
+}  # fmt: skip
+WARM_UP = 3
+LEARNING = {"optimal": 9, "auto": 30}  # steps in which a scheduler learns what tasks cost
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in {
+        "ranks": 4, "hosts": 1, "steps": 6, "layers": 8, "hidden-size": 1024, "heads": 16, "experts": 64, "top-k": 8,
+        "batch-size": 4, "sequence-length": 1024,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", default="", help="variants whose names hold one of these words, between slashes")
+    parser.add_argument("--quick", action="store_true", help="a small model, few steps")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--profile", type=Path, help="write the trace of a step of the last variant there")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.layers, arguments.hidden_size, arguments.heads, arguments.steps = 2, 256, 4, 2
+        arguments.batch_size, arguments.sequence_length, arguments.experts, arguments.top_k = 2, 128, 8, 2
+    return arguments
+
+
+def make_engine(arguments: argparse.Namespace, section: Any, device: torch.device) -> Any:
+    """DeepSpeed's engine of the example's model, with or without planmoe."""
+    import deepspeed
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    from model import GPTMoE, ModelConfig
+
+    torch.manual_seed(1)
+    with device:
+        model = GPTMoE(
+            ModelConfig(
+                num_layers=arguments.layers, hidden_size=arguments.hidden_size, num_heads=arguments.heads,
+                num_experts=arguments.experts, top_k=arguments.top_k, ep_size=dist.get_world_size(),
+                sequence_length=arguments.sequence_length,
+            )
+        )  # fmt: skip
+    groups = split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(model.parameters()), "name": "parameters"}
+    )
+    if section is not None and arguments.hosts > 1:
+        section = {**section, "ranks_per_node": dist.get_world_size() // arguments.hosts}
+    settings = {
+        "train_micro_batch_size_per_gpu": arguments.batch_size, "steps_per_print": 10**9, "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+        "planmoe": section or False,
+    }  # fmt: skip
+    return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
+
+
+def measure(arguments: argparse.Namespace, variant: str, device: torch.device) -> dict[str, float]:
+    """One variant: time, memory, tokens, what a rank sends and what of the exchange is not hidden; collective."""
+    from data import language_loss
+
+    section = VARIANTS[variant]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    engine = make_engine(arguments, section, device)
+    torch.manual_seed(1 + dist.get_rank())
+    tokens = torch.randint(0, 256, (arguments.batch_size, arguments.sequence_length + 1), device=device)
+
+    def step() -> None:
+        logits, balance_loss = engine(tokens[:, :-1])
+        engine.backward(language_loss(logits, tokens[:, 1:]) + 0.01 * balance_loss)
+        engine.step()
+
+    warm_up = WARM_UP + LEARNING.get((section or {}).get("scheduler", ""), 0)
+    with without_all_to_all(active=variant == BOUND):
+        time = median_ms(step, arguments.steps, warm_up)
+    figures = {
+        "ms": time,
+        "tokens_per_second": dist.get_world_size() * tokens[:, 1:].numel() / time * 1e3,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "parameters": sum(p.numel() * (dist.get_world_size() if hasattr(p, "allreduce") and not p.allreduce else 1)
+                          for p in engine.parameters()),
+    }  # fmt: skip
+    if section is not None:
+        engine.planmoe.recorder.take()
+        step()
+        torch.cuda.synchronize()
+        taken = engine.planmoe.recorder.take()
+        figures |= {"sent_mb": taken.bytes_sent / 1e6, "stock_mb": taken.stock_bytes / 1e6}
+        figures |= {"exposed_ms": taken.exposed_seconds * 1e3}
+    if arguments.profile and variant == list(chosen_variants(arguments))[-1]:
+        profile(step, arguments.profile)
+    return figures
+
+
+def profile(step: Any, path: Path) -> None:
+    """What the card does in one step, as a Chrome trace."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    dist.barrier()
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        torch.cuda.synchronize()
+    if dist.get_rank() == 0:
+        profiler.export_chrome_trace(str(path))
+
+
+def chosen_variants(arguments: argparse.Namespace) -> list[str]:
+    """Stock, the bound, and those asked for."""
+    words = arguments.only.split("/")
+    return [name for name in VARIANTS if name in (STOCK, BOUND) or any(word in name for word in words)]
+
+
+def main() -> None:
+    """Launch the ranks, or be one of them."""
+    arguments = parse_arguments()
+    if "RANK" not in os.environ:
+        sys.exit(launch(arguments.ranks))
+    device = start(arguments.hosts)
+    sys.path.insert(0, str(ROOT / "examples/gpt_moe"))
+    import deepspeed
+
+    import planmoe_ds  # noqa: F401  switches the hook on
+
+    deepspeed.init_distributed("nccl")
+    rows: dict[str, dict[str, float]] = {}
+    speaks = dist.get_rank() == 0
+    if speaks:
+        print(describe_ranks(arguments.hosts))
+    for variant in chosen_variants(arguments):
+        row = rows[variant] = measure(arguments, variant, device)
+        forget_deepspeed_groups()
+        if speaks:
+            sent = f"{row['sent_mb']:8.1f} MB of stock's {row['stock_mb']:.1f}" if "sent_mb" in row else ""
+            print(
+                f"{variant:40} {row['ms']:9.1f} ms {rows[STOCK]['ms'] / row['ms']:6.2f}x "
+                f"{row['tokens_per_second']:9.0f} tokens/s {row['peak_gib']:6.1f} GiB {sent}",
+                flush=True,
+            )
+    if speaks:
+        report(rows, arguments)
+    dist.destroy_process_group()
+
+
+def report(rows: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
+    """The RESULT lines: the best with stock's mathematics and the best with 8-bit codecs."""
+    stock = rows[STOCK]["ms"]
+    print(f"{rows[STOCK]['parameters'] / 1e9:.2f} billion parameters")
+    for label, coded in (("exact", False), ("8bit", True)):
+        times = [row["ms"] for name, row in rows.items() if VARIANTS[name] and ("int8" in name) is coded]
+        if times:
+            print(f"RESULT nccl_train_speedup_{label}={stock / min(times):.3f}")
+    print(f"RESULT nccl_train_communication_share_of_stock={1 - rows[BOUND]['ms'] / stock:.3f}")
+    if arguments.json is not None:
+        settings = {key: str(value) for key, value in vars(arguments).items()}
+        arguments.json.write_text(json.dumps({"configuration": settings, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
