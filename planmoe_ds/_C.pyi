@@ -21,6 +21,10 @@ class Exchange:
         """Its place among the exchanges of its all-to-all, the same on every rank."""
 
     @property
+    def passed(self) -> bool:
+        """Accelerators: whether the device has got past it."""
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes to other ranks, final once waited for."""
 

@@ -137,7 +137,8 @@ class ExpertGroup:
         if self.watchdog is None:
             yield
             return
-        with self.watchdog.waiting(self.number, exchange.number, what):
+        on_device = None if self.comm.device.type == "cpu" else exchange
+        with self.watchdog.waiting(self.number, exchange.number, what, on_device):
             yield
 
     @contextmanager

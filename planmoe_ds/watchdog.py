@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from planmoe_ds.backend import Comm
+from planmoe_ds.backend import Comm, Exchange
 from planmoe_ds.errors import PlanMoEError, PlanMoEMismatchError
 from planmoe_ds.job_store import job_store
 
@@ -86,8 +86,11 @@ class Watchdog:
         weakref.finalize(self, self._monitor.stop)
 
     @contextlib.contextmanager
-    def waiting(self, group: int, number: int, what: str) -> Iterator[None]:
-        """Be waiting in exchange `number` of `group`; what goes wrong inside becomes the reason for all ranks."""
+    def waiting(self, group: int, number: int, what: str, on_device: Exchange | None = None) -> Iterator[None]:
+        """Be waiting in exchange `number` of `group`; what goes wrong inside becomes the reason for all ranks.
+
+        on_device: the exchange, where an accelerator goes on waiting when the host no longer does.
+        """
         monitor = self._monitor
         monitor.move(Position(group, number, what, time.time(), waits=True))
         try:
@@ -96,7 +99,7 @@ class Watchdog:
         except RuntimeError as error:
             raise monitor.explain(error, what).error() from error
         finally:
-            monitor.move(replace(monitor.position, since=time.time(), waits=False))
+            monitor.move(replace(monitor.position, since=time.time(), waits=False), on_device)
 
     @contextlib.contextmanager
     def reporting(self, where: str) -> Iterator[None]:
@@ -126,6 +129,7 @@ class _Monitor(threading.Thread):
         self._comms = [weakref.ref(comm) for comm in comms]
         self._members = {number: tuple(ranks) for number, ranks in members.items()}
         self._timeout = timeout_seconds
+        self._on_device: tuple[Position, Exchange] | None = None
         self._history: deque[Position] = deque(maxlen=KEPT_STEPS)
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -144,11 +148,21 @@ class _Monitor(threading.Thread):
                 store = store.clone()  # a connection of its own: the program may block on the other one
         return PrefixStore(f"watch/{round_number}", store)
 
-    def move(self, position: Position) -> None:
-        """Be somewhere else; cheap."""
+    def move(self, position: Position, on_device: Exchange | None = None) -> None:
+        """Be somewhere else, with the device perhaps still in an exchange; cheap."""
         self.position = position
+        if on_device is not None:
+            self._on_device = position, on_device
         if position.waits:
             self._history.append(position)
+
+    def _place_of_wait(self) -> Position:
+        """Where this rank is, or its device while the host does not wait."""
+        place = self.position
+        if place.waits or self._on_device is None:
+            return place
+        begun, exchange = self._on_device
+        return place if exchange.passed else replace(begun, waits=True)
 
     def stop(self) -> None:
         """End the threads; the one that talks to the store says that this rank ended."""
@@ -203,7 +217,7 @@ class _Monitor(threading.Thread):
         failures = 0
         while failures < _MOST_STORE_FAILURES and not self._stopping.wait(self._period):
             failures = 0 if self._look_safely() else failures + 1
-        if failures and self.position.waits:
+        if failures and self._place_of_wait().waits:
             text = f"rank {self.rank} lost the job's store: the process that serves it, rank 0 or the launcher, is gone"
             self._stop_all(Reason(self.rank, "error", text))
         if self._stopping.is_set():
@@ -213,7 +227,7 @@ class _Monitor(threading.Thread):
     def _watch_the_clock(self) -> None:
         """Stop a rank that waits while the store does not answer."""
         while self.reason is None and not self._stopping.wait(self._period):
-            if self.position.waits and time.monotonic() - self._heard > SILENCE_SECONDS + self._period:
+            if self._place_of_wait().waits and time.monotonic() - self._heard > SILENCE_SECONDS + self._period:
                 text = (
                     f"rank {self.rank} {self.position.describe()}; the job's store, where ranks say that they live, "
                     f"has not answered for {SILENCE_SECONDS:g} s: the link to it is cut, or the process that serves "
@@ -235,13 +249,13 @@ class _Monitor(threading.Thread):
             self._read_reason()
         self._beat += 1
         self._store.set(f"pulse/{self.rank}", str(self._beat))
-        position = self.position
+        position = self._place_of_wait()
         if position != self._published:
             self._store.set(f"position/{self.rank}", json.dumps(asdict(position)))
             self._published = position
         if self.reason is None and position.waits and time.time() - position.since > self._period:
             found = self._suspect(position)
-            if found is not None and self.position is position:
+            if found is not None and self._place_of_wait() == position:
                 self._give(found)
 
     def _read_reason(self) -> None:
@@ -262,7 +276,7 @@ class _Monitor(threading.Thread):
                         f"{peer} {theirs.describe()}. Every rank must run the same layers in the same order"
                     )
                     return Reason(self.rank, "mismatch", text)
-            elif self._store.check([f"ended/{peer}"]):
+            elif self._store.check([f"ended/{peer}"]) and not self._may_be_behind(mine):
                 return self._missing(mine, peer, "ended its program")
             elif self._is_silent(peer):
                 return self._missing(mine, peer, f"has not been heard of for {SILENCE_SECONDS:g} s: it died or hangs")
@@ -270,6 +284,10 @@ class _Monitor(threading.Thread):
             text = f"rank {self.rank} {mine.describe()}, longer than timeout_seconds ({self._timeout:g})"
             return Reason(self.rank, "error", f"{text}\n{self._where_all_are()}")
         return None
+
+    def _may_be_behind(self, mine: Position) -> bool:
+        """This rank's device has much to do before it gets to what its peer is done with."""
+        return not self.position.waits and time.time() - mine.since < SILENCE_SECONDS
 
     def _missing(self, mine: Position, peer: int, how: str) -> Reason:
         theirs = self._position_of(peer)

@@ -45,6 +45,10 @@ bool Exchange::wait_for(int64_t milliseconds) {
   return true;
 }
 
+bool Exchange::passed() const {
+  return std::all_of(transfers_.begin(), transfers_.end(), [](const auto& transfer) { return transfer->passed(); });
+}
+
 int64_t Exchange::bytes_sent() const {
   int64_t total = other_bytes_;
   for (const auto& transfer : transfers_) total += transfer->bytes_sent;

@@ -33,6 +33,7 @@ class Exchange {
   // True once finished, false when `milliseconds` passed first. Rethrows what went wrong.
   // On an accelerator: makes the current stream wait instead of the host and returns true at once.
   virtual bool wait_for(int64_t milliseconds);
+  bool passed() const;  // on an accelerator: whether the device has got past it
   const std::vector<std::shared_ptr<Transfer>>& transfers() const { return transfers_; }
   int64_t bytes_sent() const;                                   // to other ranks
   int64_t bytes_sent_on(const std::string& lane) const;         // over that link

@@ -41,6 +41,8 @@ class Transfer {
   virtual bool wait_for(int64_t milliseconds) = 0;
   // Accelerators: makes the current stream wait for it. Elsewhere wait_for() does.
   virtual void order_current_stream() {}
+  // Accelerators: whether the device has got past it, which wait_for() does not tell. From any thread.
+  virtual bool passed() const { return true; }
   // When it left and arrived, nanoseconds of the host's monotonic clock; valid once waited for.
   virtual std::pair<int64_t, int64_t> span_ns() const = 0;
 
@@ -57,7 +59,8 @@ class Link {
   virtual ~Link() = default;
   virtual std::shared_ptr<Transfer> post(Leg leg) = 0;
 
-  // Ends what is in flight: its waits, and all later ones, throw `reason`. From any thread.
+  // Ends what is in flight: its waits, and all later ones, throw `reason`. Accelerators: the device's waits end, with
+  // whatever the buffers hold then; only legs posted later throw. From any thread.
   virtual void abort(const std::string& reason) = 0;
 };
 

@@ -4,6 +4,9 @@
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <atomic>
+#include <mutex>
+
 #include "../clock.h"
 #include "link.h"
 
@@ -20,6 +23,7 @@ class StreamTransfer final : public Transfer {
   }
 
   bool wait_for(int64_t /*milliseconds*/) override {
+    if (!failure_.empty()) throw std::runtime_error(failure_);
     order_current_stream();
     waited_ = true;
     leg_ = Leg();
@@ -29,6 +33,8 @@ class StreamTransfer final : public Transfer {
   void order_current_stream() override {
     if (posted_) finished_event_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
   }
+
+  bool passed() const override { return !posted_ || finished_event_.query(); }
 
   std::pair<int64_t, int64_t> span_ns() const override { return {started_.ns(), finished_.ns()}; }
 
@@ -40,12 +46,14 @@ class StreamTransfer final : public Transfer {
     finished_event_.record(side);
     posted_ = true;
   }
+  void fail(const std::string& reason) { failure_ = reason; }
 
  private:
   Leg leg_;
   c10::Device device_;
   c10::Event finished_event_;
-  bool posted_ = false;
+  std::string failure_;
+  std::atomic<bool> posted_ = false;
   bool waited_ = false;
   Stamp started_;
   Stamp finished_;
@@ -58,51 +66,56 @@ class StreamLink final : public Link {
         lane_(std::move(lane)),
         device_(device),
         side_(c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device)),
-        clock_(std::make_shared<Clock>(device)),
-        nothing_(at::empty({0}, at::TensorOptions(device).dtype(at::kByte))) {}
+        clock_(std::make_shared<Clock>(device)) {}
 
   std::shared_ptr<Transfer> post(Leg leg) override {
     auto transfer = std::make_shared<StreamTransfer>(std::move(leg), device_);
     transfer->lane = lane_;
+    if (const auto reason = abort_reason(); !reason.empty()) {
+      transfer->fail(reason);
+      return transfer;
+    }
     c10::Event inputs_ready(device_.type());
     inputs_ready.record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
     inputs_ready.block(side_);
     c10::StreamGuard guard(side_);
     transfer->mark_started(*clock_);
-    carry(transfer->leg());
-    transfer->mark_finished(*clock_, side_);
+    try {
+      carry(transfer->leg());
+      transfer->mark_finished(*clock_, side_);
+    } catch (const std::exception&) {
+      const auto reason = abort_reason();
+      if (reason.empty()) throw;
+      transfer->fail(reason);
+    }
     return transfer;
   }
 
-  // The device's waits end, with whatever the buffers hold then: callers must look at why before they use them.
-  void abort(const std::string& /*reason*/) override { group_->getBackend(device_.type())->abort(); }
+  void abort(const std::string& reason) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!abort_reason_.empty()) return;
+      abort_reason_ = reason;
+    }
+    group_->getBackend(device_.type())->abort();
+  }
 
  private:
+  std::string abort_reason() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return abort_reason_;
+  }
+
   void carry(Leg& leg) {
     if (leg.after) leg.after->order_current_stream();
     if (leg.prepare) leg.prepare(leg);
     c10::intrusive_ptr<c10d::Work> work;
-    if (!leg.receives.empty() || !leg.sends.empty()) {
-      auto received = by_peer(leg.receives), sent = by_peer(leg.sends);
-      work = received.empty() || sent.empty() ? send_and_receive(leg) : group_->alltoall(received, sent);
-    }
+    if (!leg.receives.empty() || !leg.sends.empty()) work = send_and_receive(leg);
     for (const auto& [from, to] : leg.local_copies) to.copy_(from, /*non_blocking=*/true);
     if (work) work->wait();  // orders the side stream, not the host
   }
 
-  // A buffer for every rank of the group, as alltoall takes them; none at all where a rank has several.
-  std::vector<at::Tensor> by_peer(const std::vector<Message>& messages) const {
-    std::vector<at::Tensor> buffers(group_->getSize(), nothing_);
-    for (const auto& message : messages) {
-      auto& buffer = buffers.at(message.peer);
-      if (buffer.numel() > 0) return {};
-      buffer = message.buffer;
-    }
-    return buffers;
-  }
-
-  // Pairs with the alltoall of other ranks: both are NCCL's sends and receives in one group call, but this one costs the
-  // host a step for each.
+  // Not ProcessGroupNCCL::alltoall: with torch 2.11 it hung where ranks of a card had legs of one message each.
   c10::intrusive_ptr<c10d::Work> send_and_receive(const Leg& leg) {
     group_->startCoalescing(device_.type());
     for (const auto& message : leg.receives) {
@@ -121,7 +134,8 @@ class StreamLink final : public Link {
   c10::Device device_;
   c10::Stream side_;
   std::shared_ptr<Clock> clock_;
-  at::Tensor nothing_;
+  std::mutex mutex_;
+  std::string abort_reason_;  // empty: not aborted
 };
 
 }  // namespace

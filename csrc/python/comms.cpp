@@ -105,6 +105,7 @@ void bind_values(py::module_& module) {
       .def("spans", &spans)
       .def("bytes_sent_on", &Exchange::bytes_sent_on, py::arg("lane"))
       .def_property_readonly("number", &Exchange::number)
+      .def_property_readonly("passed", &Exchange::passed)
       .def_property_readonly("bytes_sent", &Exchange::bytes_sent);
 
   py::class_<Itinerary, std::shared_ptr<Itinerary>>(module, "Itinerary")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -80,5 +81,10 @@ def padded_runner(modules: Sequence[nn.Module]):  # type: ignore[no-untyped-def]
 def run_layer(
     layer: ExpertParallelLayer, tokens: torch.Tensor, routes: Routes, experts: Sequence[nn.Module]
 ) -> torch.Tensor:
-    """One forward of the layer with these local experts."""
-    return layer.forward(tokens, routes, LocalExperts(experts, padded_runner(experts)))
+    """One forward of the layer with these local experts, on its device; the output comes back to the tokens'."""
+    device = layer.group.comm.device
+    for expert in experts:
+        expert.to(device)
+    moved = {name: value.to(device) for name, value in vars(routes).items() if isinstance(value, torch.Tensor)}
+    local = LocalExperts(experts, padded_runner(experts))
+    return layer.forward(tokens.to(device), replace(routes, **moved), local).to(tokens.device)

@@ -83,6 +83,13 @@ def in_backward(values: torch.Tensor, action: Callable[[], None]) -> torch.Tenso
     return _BackwardCall.apply(values, action)
 
 
+def notice(model: Model) -> None:
+    """As a program on GPUs learns what went wrong: its host ran ahead, waits for the device and calls the next layer."""
+    if rank_device().type == "cuda":
+        torch.cuda.synchronize()
+        model.layer(0, *batch())
+
+
 def seconds_until_error(function: Callable[[], object]) -> tuple[float, str, str]:
     """Seconds, class and message of the error that `function` ends with; class "" when there was none."""
     start = time.monotonic()

@@ -13,7 +13,7 @@ from torch import nn
 
 import planmoe_ds.watchdog as watchdog_module
 from tests.engine.support import rank_device
-from tests.faults.layers import HIDDEN, Model, batch, die, in_backward, seconds_until_error
+from tests.faults.layers import HIDDEN, Model, batch, die, in_backward, notice, seconds_until_error
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -87,7 +87,7 @@ def run_case(place: Any, action: Any, settings: dict[str, object], silence: floa
     with patch.object(watchdog_module, "SILENCE_SECONDS", silence):
         model = Model(settings)
         dist.barrier()
-        return seconds_until_error(lambda: place(model, action))
+        return seconds_until_error(lambda: (place(model, action), notice(model)))
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import planmoe_ds.layer as layer_module
 from tests.engine.support import drop_groups, routes_of, run_layer
-from tests.faults.layers import HIDDEN, NUM_EXPERTS, Model, batch, in_backward, seconds_until_error
+from tests.faults.layers import HIDDEN, NUM_EXPERTS, Model, batch, in_backward, notice, seconds_until_error
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -109,7 +109,7 @@ def run_case(case: Any, settings: dict[str, object]) -> Found:
     """One case, in processes of its own."""
     model = Model(settings)
     dist.barrier()
-    return seconds_until_error(lambda: case(model))
+    return seconds_until_error(lambda: (case(model), notice(model)))
 
 
 def run_cases(settings: dict[str, object]) -> dict[str, Found]:
