@@ -97,6 +97,7 @@ def measure(arguments: argparse.Namespace, variant: str, device: torch.device) -
     section = VARIANTS[variant]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()  # DeepSpeed keeps what the engines before had
     engine = make_engine(arguments, section, device)
     torch.manual_seed(1 + dist.get_rank())
     tokens = torch.randint(0, 256, (arguments.batch_size, arguments.sequence_length + 1), device=device)
@@ -112,7 +113,7 @@ def measure(arguments: argparse.Namespace, variant: str, device: torch.device) -
     figures = {
         "ms": time,
         "tokens_per_second": dist.get_world_size() * tokens[:, 1:].numel() / time * 1e3,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30,
         "parameters": sum(p.numel() * (dist.get_world_size() if hasattr(p, "allreduce") and not p.allreduce else 1)
                           for p in engine.parameters()),
     }  # fmt: skip

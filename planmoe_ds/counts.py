@@ -1,14 +1,17 @@
 """What the ranks of a group tell each other before a layer call's rows leave, in one message per pair of ranks.
 
 A message opens with the launches that the peer should have made, the header and notes; then come the numbers of rows.
-Shape legend: see plan.py.
+Numbers that the host works with are NumPy's, whose small arrays cost it a fraction of torch's. Shape legend: see
+plan.py.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 
 from planmoe_ds.backend import TokenOrder, order_tokens, order_tokens_on_device, routes_on_device
@@ -18,40 +21,43 @@ from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.headers import Header, check_headers, check_launches
 from planmoe_ds.recorder import Label, Recorder
+from planmoe_ds.rows import Integers
+
+Shape = tuple[int, ...]
 
 MOST_BYTES = 1 << 46  # of rows in one message: more is an error
 
 
 @dataclass(frozen=True)
 class Order:
-    """The rows that this rank sends, by chunk: see TokenOrder in csrc/kernels/routing.h; counts are on the CPU.
+    """The rows that this rank sends, by chunk: see TokenOrder in csrc/kernels/routing.h.
 
     near_return, far_return: int32 [X, or 1 where chunks divide tokens, T, S], accelerators only.
     """
 
     near_token: list[torch.Tensor]
     far_token: list[torch.Tensor]
-    near_sent_XP: torch.Tensor
-    far_sent_XPB: torch.Tensor
+    near_sent_XP: Integers
+    far_sent_XPB: Integers
     near_return: torch.Tensor | None = None
     far_return: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What ranks tell each other, int64; the first dimension is the peer."""
+    """What ranks tell each other; the first dimension is the peer."""
 
-    expert_rows_PXL: torch.Tensor
-    near_PX: torch.Tensor
-    far_PXB: torch.Tensor  # rows that end at the receiver of this message
-    passed_PXB: torch.Tensor | None = None  # rows that it passes on
-    fan_PXBG: torch.Tensor | None = None
+    expert_rows_PXL: Integers
+    near_PX: Integers
+    far_PXB: Integers  # rows that end at the receiver of this message
+    passed_PXB: Integers | None = None  # rows that it passes on
+    fan_PXBG: Integers | None = None
 
-    def pack(self) -> torch.Tensor:
-        """int64 [P, width]."""
-        return torch.cat([values.flatten(1) for values in self.values()], dim=1)
+    def pack(self) -> Integers:
+        """[P, width]."""
+        return np.concatenate([values.reshape(len(values), -1) for values in self.values()], axis=1)
 
-    def values(self) -> list[torch.Tensor]:
+    def values(self) -> list[Integers]:
         """Those that there are, in the order of a message."""
         return [values for values in (getattr(self, field.name) for field in fields(self)) if values is not None]
 
@@ -95,11 +101,11 @@ class Talk:
         order = order_tokens(expert=expert_KT.long().cpu().contiguous(), **self._order_settings())
         sent = _counts(order, group.size, group.comm.passes_on)
         opening, counts = self._opening(), sent.pack()
-        filler = counts.new_zeros((group.size, group.counts_filler(counts.shape[1])))
-        message = torch.cat([opening, counts, filler], dim=1)
+        filler = np.zeros((group.size, group.counts_filler(counts.shape[1])), dtype=np.int64)
+        message = torch.from_numpy(np.concatenate([opening, counts, filler], axis=1))
         _, received = self._exchange(message.to(expert_KT.device))
         notes = self._check_opening(received, opening)
-        tokens = Order(order.near_token, order.far_token, order.near_sent, order.far_sent)
+        tokens = Order(order.near_token, order.far_token, order.near_sent.numpy(), order.far_sent.numpy())
         told = received[:, opening.shape[1] :]
         counts_of = _unpack(told, [values.shape for values in sent.values()])
         self._check_counts(told, counts_of)
@@ -108,11 +114,11 @@ class Talk:
     def _on_device(self, expert_KT: torch.Tensor) -> Agreement:
         """The same without the host, which waits once, for the counts of all ranks."""
         group, shapes, opening = self.group, self._count_shapes(), self._opening()
-        first, width = opening.shape[1], sum(shape[1:].numel() for shape in shapes)
+        first, width = opening.shape[1], sum(map(_width, shapes))
         invalid_column = first + width  # the first of the filler, on every rank
         columns = invalid_column + 1 + group.counts_filler(width)
         blank = torch.zeros((group.size, columns), dtype=torch.int64, pin_memory=True)
-        blank[:, :first] = opening
+        blank.numpy()[:, :first] = opening
         message = blank.to(expert_KT.device, non_blocking=True)
         ordered = order_tokens_on_device(
             expert=expert_KT,
@@ -128,9 +134,9 @@ class Talk:
         notes = self._check_opening(theirs, opening)
         sent, received = (_unpack(side[:, first:], shapes) for side in (mine, theirs))
         self._check_counts(theirs[:, first:], received)
-        far_sent = (sent.far_PXB if sent.passed_PXB is None else sent.passed_PXB).transpose(0, 1)
-        near_sent = sent.near_PX.t()
-        sizes = torch.stack([near_sent.sum(1), far_sent.sum((1, 2))], dim=1).flatten().tolist()
+        far_sent = (sent.far_PXB if sent.passed_PXB is None else sent.passed_PXB).swapaxes(0, 1)
+        near_sent = sent.near_PX.T
+        sizes = np.stack([near_sent.sum(1), far_sent.sum((1, 2))], axis=1).ravel().tolist()
         pieces = ordered.tokens[: sum(sizes)].split(sizes)
         order = Order(
             list(pieces[::2]), list(pieces[1::2]), near_sent, far_sent, ordered.near_return, ordered.far_return
@@ -149,48 +155,49 @@ class Talk:
             "rows_per_piece": max(1, least_piece(comm.device.type) // self.row_bytes),
         }
 
-    def _count_shapes(self) -> list[torch.Size]:
+    def _count_shapes(self) -> list[Shape]:
         comm, size, num_chunks = self.group.comm, self.group.size, self.chunking.num_chunks
         pieces = max(1, comm.num_pieces)
-        shapes = [(size, num_chunks, self.num_experts // size), (size, num_chunks), (size, num_chunks, pieces)]
+        experts_per_rank = self.num_experts // size
+        shapes: list[Shape] = [(size, num_chunks, experts_per_rank), (size, num_chunks), (size, num_chunks, pieces)]
         if comm.passes_on:
             nodes = comm.node_of_rank
             largest = max(nodes.count(node) for node in nodes)
             shapes += [(size, num_chunks, pieces), (size, num_chunks, pieces, largest)]
-        return [torch.Size(shape) for shape in shapes]
+        return shapes
 
-    def _opening(self) -> torch.Tensor:
-        """int64 [P, width]."""
-        launches = torch.tensor(self.group.launch_digests()).unsqueeze(1)
-        shared = torch.cat([self.header.pack(), torch.tensor(self.notes, dtype=torch.int64)])
-        return torch.cat([launches, shared.expand(self.group.size, -1)], dim=1)
+    def _opening(self) -> Integers:
+        """[P, width]."""
+        shared = [*self.header.numbers(), *self.notes]
+        return np.array([[launches, *shared] for launches in self.group.launch_digests()], dtype=np.int64)
 
-    def _exchange(self, message: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's message, int64 [P, width], and what its peers sent it, both on the CPU."""
+    def _exchange(self, message: torch.Tensor) -> tuple[Integers, Integers]:
+        """This rank's message, int64 [P, width], and what its peers sent it."""
         group, ones = self.group, [1] * self.group.size
         arrival = group.exchange(message, ones, ones)
         if arrival.exchange is None:
-            message = message.cpu()
-            return message, message
+            numbers = message.cpu().numpy()
+            return numbers, numbers
         self.recorder.wait(arrival.exchange, self.label, group)
         with group.waiting(arrival.exchange, self.label.describe()):  # here the host waits for accelerators
             if message.device.type == "cpu":
-                return message, arrival.rows
-            sent, received = torch.stack([message, arrival.rows]).cpu()  # the one host copy of a layer call
+                return message.numpy(), arrival.rows.numpy()
+            sent, received = torch.stack([message, arrival.rows]).cpu().numpy()  # the one host copy of a layer call
             return sent, received
 
-    def _check_opening(self, received: torch.Tensor, opening: torch.Tensor) -> tuple[int, ...]:
-        """Compare all ranks' messages, int64 [P, width], with this rank's opening; the largest of everybody's notes."""
+    def _check_opening(self, received: Integers, opening: Integers) -> tuple[int, ...]:
+        """Compare all ranks' messages, [P, width], with this rank's opening; the largest of everybody's notes."""
         group, first_count = self.group, opening.shape[1]
         first_note = first_count - len(self.notes)
         check_headers(received[:, 1:first_note].tolist(), self.header, group.global_ranks)
-        check_launches(received[:, :1], opening[:, :1], self.header.layer, group.global_ranks, group.rank)
-        return tuple(received[:, first_note:first_count].amax(0).tolist())
+        told, made = received[:, 0].tolist(), opening[:, 0].tolist()
+        check_launches(told, made, self.header.layer, group.global_ranks, group.rank)
+        return tuple(received[:, first_note:first_count].max(0).tolist())
 
-    def _check_counts(self, message: torch.Tensor, received: Counts) -> None:
+    def _check_counts(self, message: Integers, received: Counts) -> None:
         """Sizes of buffers are made from what peers say: PlanMoEMismatchError names those whose numbers cannot be.
 
-        message: int64 [P, width], with all of `received`.
+        message: [P, width], with all of `received`.
         """
         if self._can_be(message, received):
             return
@@ -206,9 +213,8 @@ class Talk:
             "was damaged on its way, or planmoe is not the same there"
         )
 
-    def _can_be(self, message: torch.Tensor, received: Counts) -> bool:
-        low, high = torch.aminmax(message)
-        if low.item() < 0 or high.item() > MOST_BYTES // self.row_bytes:  # so that no sum of them overflows
+    def _can_be(self, message: Integers, received: Counts) -> bool:
+        if message.min() < 0 or message.max() > MOST_BYTES // self.row_bytes:  # so that no sum of them overflows
             return False
         return _fit_together(received, self.header.routes_per_token)
 
@@ -216,21 +222,26 @@ class Talk:
 def _counts(order: TokenOrder, num_ranks: int, passes_on: bool) -> Counts:
     """What this rank tells every peer."""
     num_chunks = order.expert_rows.shape[0]
-    experts = order.expert_rows.reshape(num_chunks, num_ranks, -1).transpose(0, 1)
-    near, far = order.near_sent.t(), order.far_final.transpose(0, 1)
+    experts = order.expert_rows.numpy().reshape(num_chunks, num_ranks, -1).swapaxes(0, 1)
+    near, far = order.near_sent.numpy().T, order.far_final.numpy().swapaxes(0, 1)
     if not passes_on:
         return Counts(experts, near, far)
-    return Counts(experts, near, far, order.far_sent.transpose(0, 1), order.fan.transpose(0, 1))
+    return Counts(experts, near, far, order.far_sent.numpy().swapaxes(0, 1), order.fan.numpy().swapaxes(0, 1))
 
 
-def _unpack(message: torch.Tensor, shapes: list[torch.Size]) -> Counts:
-    """Counts from int64 [P, width or more]."""
+def _unpack(message: Integers, shapes: list[Shape]) -> Counts:
+    """Counts from [P, width or more]."""
     found, first = [], 0
     for shape in shapes:
-        width = shape[1:].numel()
+        width = _width(shape)
         found.append(message[:, first : first + width].reshape(shape))
         first += width
     return Counts(*found)
+
+
+def _width(shape: Shape) -> int:
+    """Numbers for each peer."""
+    return math.prod(shape[1:])
 
 
 def _fit_together(received: Counts, top_k: int) -> bool:
@@ -243,5 +254,5 @@ def _fit_together(received: Counts, top_k: int) -> bool:
     rows_PX = received.near_PX + received.far_PXB.sum(-1)
     spare = [entries_PX - rows_PX, top_k * rows_PX - entries_PX]
     if received.passed_PXB is not None and received.fan_PXBG is not None:
-        spare.append(received.passed_PXB - received.fan_PXBG.amax(-1))
-    return all(values.min().item() >= 0 for values in spare)
+        spare.append(received.passed_PXB - received.fan_PXBG.max(-1))
+    return all(values.min() >= 0 for values in spare)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -38,9 +38,9 @@ class Header:
     num_experts: int
     settings: int = 0
 
-    def pack(self) -> torch.Tensor:
-        """int64 [fields]."""
-        return torch.tensor(astuple(self))
+    def numbers(self) -> list[int]:
+        """All fields."""
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 def pass_phase(layer: int, phase: str) -> int:
@@ -86,10 +86,10 @@ def check_headers(received: Sequence[Sequence[int]], mine: Header, global_ranks:
 
 
 def check_launches(
-    received: torch.Tensor, mine: torch.Tensor, layer: int, global_ranks: Sequence[int], rank: int
+    received: Sequence[int], mine: Sequence[int], layer: int, global_ranks: Sequence[int], rank: int
 ) -> None:
-    """Compare digests of launch orders, int64 [P, 1] each; PlanMoEMismatchError names the ranks that differ."""
-    differing = [global_ranks[place] for place in (received != mine).any(1).nonzero().flatten().tolist()]
+    """Compare digests of launch orders, one per peer; PlanMoEMismatchError names the ranks that differ."""
+    differing = [global_ranks[place] for place, theirs in enumerate(received) if theirs != mine[place]]
     if differing:
         raise PlanMoEMismatchError(
             f"before layer {layer}, rank {global_ranks[rank]} launched the exchanges that it shares with "

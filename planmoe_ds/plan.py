@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from planmoe_ds.backend import Itinerary, RowRoutes, routes_on_device
 from planmoe_ds.chunking import Chunking
 from planmoe_ds.config import ChunkBy
 from planmoe_ds.counts import Agreement, Talk
 from planmoe_ds.group import ExpertGroup
-from planmoe_ds.rows import RowOrder, RowTrip, plan_row_trip
+from planmoe_ds.rows import Integers, RowOrder, RowTrip, plan_row_trip
 
 NO_ROUTE = -1  # expert index of a route that the router dropped
 
@@ -169,30 +171,30 @@ class _Draft:
     received_rows: tuple[list[int], list[int]]  # near, far
     num_entries: tuple[int, int]
     layout: ExpertLayout
-    base_PL: torch.Tensor
-    counts_PL: torch.Tensor
-    is_near: torch.Tensor
+    base_PL: Integers
+    counts_PL: Integers
+    is_near: NDArray[np.bool_]
     counted: bool  # a row's place among those of its source and expert is counted by the receiver
 
-    def table(self, side: int) -> torch.Tensor:
+    def table(self, side: int) -> Integers:
         """See ArrivedRows in csrc/kernels/routing.h."""
-        received = torch.tensor(self.received_rows[side])
+        received = np.array(self.received_rows[side])
         base = self.base_PL
         if self.counted and len(received) > 1:
-            counts = torch.where((self.is_near if side == 0 else ~self.is_near).unsqueeze(1), self.counts_PL, 0)
+            counts = np.where((self.is_near if side == 0 else ~self.is_near)[:, None], self.counts_PL, 0)
             base = base - (counts.cumsum(0) - counts)
-        return torch.cat([base.flatten(), received.cumsum(0) - received])
+        return np.concatenate([base.ravel(), received.cumsum() - received])
 
-    def ends(self) -> torch.Tensor:
+    def ends(self) -> Integers:
         """Where every expert's rows end in a ragged buffer."""
-        return torch.tensor(self.layout.rows_of_expert).cumsum(0)
+        return np.array(self.layout.rows_of_expert, dtype=np.int64).cumsum()
 
 
 def _upload(drafts: list[_Draft], device: torch.device) -> list[list[torch.Tensor]]:
     """Every chunk's tables, near and far, and ends, in one copy that the host does not wait for."""
     parts = [part for draft in drafts for part in (draft.table(0), draft.table(1), draft.ends())]
-    sizes = [part.numel() for part in parts]
-    uploaded = torch.cat(parts).pin_memory().to(device, non_blocking=True).split(sizes)
+    sizes = [len(part) for part in parts]
+    uploaded = torch.from_numpy(np.concatenate(parts)).pin_memory().to(device, non_blocking=True).split(sizes)
     return [list(uploaded[first : first + 3]) for first in range(0, len(parts), 3)]
 
 
@@ -203,12 +205,13 @@ def _draft_chunk(chunk: int, agreed: Agreement, group: ExpertGroup, buffer: Buff
     itinerary = Itinerary(
         near_sent=order.near_sent_XP[chunk].tolist(),
         near_received=near_received.tolist(),
-        far_sent=order.far_sent_XPB[chunk].flatten().tolist(),
-        far_received=far_received.flatten().tolist(),
-        passed=[] if received.passed_PXB is None else received.passed_PXB[:, chunk].flatten().tolist(),
-        fan=[] if received.fan_PXBG is None else received.fan_PXBG[:, chunk].flatten().tolist(),
+        far_sent=order.far_sent_XPB[chunk].ravel().tolist(),
+        far_received=far_received.ravel().tolist(),
+        passed=[] if received.passed_PXB is None else received.passed_PXB[:, chunk].ravel().tolist(),
+        fan=[] if received.fan_PXBG is None else received.fan_PXBG[:, chunk].ravel().tolist(),
     )
-    near_entries = int(counts_PL[group.is_near].sum())
+    is_near = group.is_near.numpy()
+    near_entries = int(counts_PL[is_near].sum())
     layout, base_PL = _lay_out(counts_PL, buffer.padded_capacity, buffer.place_of_source)
     return _Draft(
         itinerary,
@@ -217,7 +220,7 @@ def _draft_chunk(chunk: int, agreed: Agreement, group: ExpertGroup, buffer: Buff
         layout,
         base_PL,
         counts_PL,
-        group.is_near,
+        is_near,
         buffer.row_order is None,
     )
 
@@ -248,24 +251,24 @@ def _plan_chunk(
     rows = None
     if buffer.row_order is not None:
         rows = plan_row_trip(buffer.row_order, share.chunk, draft.counts_PL, draft.base_PL, draft.is_near, device)
-    base_PL = draft.base_PL.flatten().tolist()
+    base_PL = draft.base_PL.ravel().tolist()
     return ChunkPlan(draft.itinerary, near, far, share.tokens, share.experts, base_PL, layout, rows)
 
 
 def _lay_out(
-    counts_PL: torch.Tensor, padded_capacity: int | None, place_of_source: tuple[int, ...] | None = None
-) -> tuple[ExpertLayout, torch.Tensor]:
+    counts_PL: Integers, padded_capacity: int | None, place_of_source: tuple[int, ...] | None = None
+) -> tuple[ExpertLayout, Integers]:
     """The buffer's layout, and where each source's rows for each expert start in it, [P, L]."""
     num_sources, num_local = counts_PL.shape
     if place_of_source is not None:
-        place = torch.tensor(place_of_source)
+        place = np.array(place_of_source)
         layout, base_PL = _lay_out(counts_PL[place.argsort()], padded_capacity)
         return layout, base_PL[place]
     rows_of_expert = tuple(counts_PL.sum(0).tolist())
     if padded_capacity is None:
-        by_expert = counts_PL.t().reshape(-1)
-        base = (by_expert.cumsum(0) - by_expert).reshape(num_local, num_sources).t()
+        by_expert = counts_PL.T.ravel()
+        base = (by_expert.cumsum() - by_expert).reshape(num_local, num_sources).T
         return ExpertLayout(rows_of_expert, None), base
     capacity = max(padded_capacity, int(counts_PL.max()))
-    base = torch.arange(num_sources * num_local).reshape(num_sources, num_local) * capacity
+    base = np.arange(num_sources * num_local).reshape(num_sources, num_local) * capacity
     return ExpertLayout(rows_of_expert, (num_sources, num_local, capacity)), base

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from planmoe_ds.chunking import Chunking
+
+Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -82,32 +86,33 @@ class RowTrip:
 def plan_row_trip(
     order: RowOrder,
     chunk: int,
-    received_PL: torch.Tensor,
-    base_PL: torch.Tensor,
-    is_near: torch.Tensor,
+    received_PL: Integers,
+    base_PL: Integers,
+    is_near: NDArray[np.bool_],
     device: torch.device,
 ) -> RowTrip:
     """received_PL: rows from every source for every local expert; base_PL: where they start in the experts' buffer."""
-    sent_PL = order.counts_XE[chunk].reshape(received_PL.shape)
-    first_row = int(order.counts_XE[:chunk].sum())
-    row_base_PL = (sent_PL.flatten().cumsum(0) - sent_PL.flatten()).reshape(sent_PL.shape) + first_row
+    counts_XE = order.counts_XE.numpy()
+    sent_PL = counts_XE[chunk].reshape(received_PL.shape)
+    first_row = counts_XE[:chunk].sum()
+    row_base_PL = (sent_PL.cumsum() - sent_PL.ravel()).reshape(sent_PL.shape) + first_row
 
-    def side(chosen: torch.Tensor) -> RowSide:
+    def side(chosen: NDArray[np.bool_]) -> RowSide:
         return RowSide(
             row=_runs(row_base_PL[chosen], sent_PL[chosen]).to(device),
             buffer_row=_runs(base_PL[chosen], received_PL[chosen]).to(device),
-            sent=torch.where(chosen, sent_PL.sum(1), 0).tolist(),
-            received=torch.where(chosen, received_PL.sum(1), 0).tolist(),
+            sent=np.where(chosen, sent_PL.sum(1), 0).tolist(),
+            received=np.where(chosen, received_PL.sum(1), 0).tolist(),
         )
 
     return RowTrip(side(is_near), side(~is_near))
 
 
-def _runs(start: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def _runs(start: Integers, count: Integers) -> torch.Tensor:
     """start[0], start[0] + 1, … count[0] of them, then the next run."""
-    counts = count.flatten()
-    before = counts.cumsum(0) - counts
-    return torch.repeat_interleave(start.flatten() - before, counts) + torch.arange(int(counts.sum()))
+    counts = count.ravel()
+    before = counts.cumsum() - counts
+    return torch.from_numpy(np.repeat(start.ravel() - before, counts) + np.arange(counts.sum()))
 
 
 def add_at(total: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

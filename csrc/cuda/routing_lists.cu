@@ -196,36 +196,33 @@ class RowWriter {
   int far_slots_ = 0;
 };
 
-// Counts of one row's routes. Far rows: by the piece of the row that carries them, which `place_of(list)` tells.
-template <class PlaceOf>
-__device__ void count_routes(const ListArguments& a, const Chunk& chunk, int64_t row, const RowWriter& writer,
-                             Counts& counts, const PlaceOf& place_of) {
+// One row's routes: to experts, and to none that exists.
+__device__ void count_experts(const ListArguments& a, const Chunk& chunk, int64_t row, Counts& counts) {
   for (int64_t k = 0; k < a.routes.top_k; ++k) {
-    const auto id = id_at(a.routes, row, k);
-    const auto route = route_of(id, a.routes, chunk.first_expert, chunk.last_expert);
+    const auto route = route_of(id_at(a.routes, row, k), a.routes, chunk.first_expert, chunk.last_expert);
     if (route.rank < 0) continue;
-    if (route.rank >= a.num_ranks) {
-      if (a.chunk_of_rank == nullptr || chunk.x == 0) atomicAdd(a.counts.message + a.counts.invalid, 1ull);
-      continue;
+    if (route.rank < a.num_ranks) {
+      if (chunk.has(a, route.rank)) counts.add_expert(route.rank, route.local);
+    } else if (a.chunk_of_rank == nullptr || chunk.x == 0) {
+      atomicAdd(a.counts.message + a.counts.invalid, 1ull);
     }
-    if (!chunk.has(a, route.rank)) continue;
-    counts.add_expert(route.rank, route.local);
-    const int64_t list = a.list_of_rank[route.rank];
-    if (list < a.num_near) continue;
-    bool new_rank = true, new_list = true;
-    for (int64_t earlier = 0; earlier < k; ++earlier) {
-      const auto other = route_of(id_at(a.routes, row, earlier), a.routes, chunk.first_expert, chunk.last_expert);
-      if (other.rank < 0 || other.rank >= a.num_ranks) continue;
-      new_rank &= other.rank != route.rank;
-      new_list &= a.list_of_rank[other.rank] != list;
-    }
-    if (!new_rank) continue;
-    const int64_t piece = writer.piece_of(list, place_of(list));
-    const int64_t hop = a.rank_of_list[list];
-    counts.add_far(route.rank, piece);
-    if (a.counts.passed < 0) continue;
-    if (new_list) counts.add_passed(hop, piece);
-    counts.add_fan(hop, piece, a.local_rank[route.rank]);
+  }
+}
+
+// The ranks that a row in `piece` of the message of a far list goes to.
+__device__ void count_far(const ListArguments& a, const Chunk& chunk, int64_t row, int64_t list, int64_t piece,
+                          Counts& counts) {
+  const int64_t hop = a.rank_of_list[list];
+  if (a.counts.passed >= 0) counts.add_passed(hop, piece);
+  for (int64_t k = 0; k < a.routes.top_k; ++k) {
+    const auto rank = route_of(id_at(a.routes, row, k), a.routes, chunk.first_expert, chunk.last_expert).rank;
+    if (rank < 0 || rank >= a.num_ranks || a.list_of_rank[rank] != list || !chunk.has(a, rank)) continue;
+    bool is_new = true;
+    for (int64_t earlier = 0; earlier < k; ++earlier)
+      is_new &= route_of(id_at(a.routes, row, earlier), a.routes, chunk.first_expert, chunk.last_expert).rank != rank;
+    if (!is_new) continue;
+    counts.add_far(rank, piece);
+    if (a.counts.passed >= 0) counts.add_fan(hop, piece, a.local_rank[rank]);
   }
 }
 
@@ -255,18 +252,15 @@ __global__ void __launch_bounds__(kThreads)
   const bool exists = row < chunk.last_row;
   RowWriter writer(a, chunk, tiles, row);
   each_list(a, chunk, row, [&](int64_t list, unsigned lanes) {
-    if ((lanes >> lane) & 1) writer.write(list, own[list] + __popc(lanes & ((1u << lane) - 1)));
+    if (((lanes >> lane) & 1) == 0) return;
+    const int64_t place = own[list] + __popc(lanes & ((1u << lane) - 1));
+    writer.write(list, place);
+    if (a.counts.message != nullptr && list >= a.num_near)
+      count_far(a, chunk, row, list, writer.piece_of(list, place), counts);
   });
   if (exists) writer.end_returns();
   if (a.counts.message == nullptr) return;
-  // A far row's place again, without keeping one per list: by the order of rows inside the warp.
-  const auto place_of = [&](int64_t list) {
-    int32_t place = own[list];
-    for (int64_t earlier = row - lane; earlier < row; ++earlier)
-      place += static_cast<int32_t>((lists_of(a, chunk, earlier, list) & 1ull) != 0);
-    return static_cast<int64_t>(place);
-  };
-  if (exists) count_routes(a, chunk, row, writer, counts, place_of);
+  if (exists) count_experts(a, chunk, row, counts);
   __syncthreads();
   counts.flush();
   if (blockIdx.x != 0) return;

@@ -84,7 +84,7 @@ def in_backward(values: torch.Tensor, action: Callable[[], None]) -> torch.Tenso
 
 
 def notice(model: Model) -> None:
-    """As a program on GPUs learns what went wrong: its host ran ahead, waits for the device and calls the next layer."""
+    """As a program on GPUs learns what went wrong: its host ran ahead; it waits for the device and calls a layer."""
     if rank_device().type == "cuda":
         torch.cuda.synchronize()
         model.layer(0, *batch())

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from planmoe_ds.counts import Counts
 from planmoe_ds.group import NUM_LINKS
+from planmoe_ds.rows import Integers
 from tests.engine.support import drop_groups
 from tests.faults.layers import Model, batch, seconds_until_error
 from tests.harness.ranks import RankPool
@@ -39,10 +40,10 @@ def tell(name: str, settings: dict[str, object]) -> tuple[float, str, str]:
     hidden = model.layer(0, *batch())
     pack = Counts.pack
 
-    def spoil(counts: Counts) -> torch.Tensor:
+    def spoil(counts: Counts) -> Integers:
         packed = pack(counts)
         if dist.get_rank() == ODD:
-            SPOILED[name](packed)
+            SPOILED[name](torch.from_numpy(packed))
         return packed
 
     dist.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from planmoe_ds.chunking import Chunking, chunking_of
 from planmoe_ds.config import ChunkBy
-from planmoe_ds.rows import RowSide, order_rows, plan_row_trip
+from planmoe_ds.rows import Integers, RowSide, order_rows, plan_row_trip
 from tests.engine.support import slots_of
 
 DROPPED = -1
@@ -74,10 +75,10 @@ def test_both_sides_of_a_trip(near: list[bool], per_rank: int, num_chunks: int, 
     order = order_rows(
         expert, slots_of(expert, num_ranks * per_rank), num_ranks * per_rank, Chunking(num_chunks), num_ranks
     )
-    received = torch.randint(0, 4, (num_ranks, per_rank), generator=generator)
-    base = torch.randint(0, 1000, (num_ranks, per_rank), generator=generator)
+    received = torch.randint(0, 4, (num_ranks, per_rank), generator=generator).numpy()
+    base = torch.randint(0, 1000, (num_ranks, per_rank), generator=generator).numpy()
     for chunk in range(num_chunks):
-        trip = plan_row_trip(order, chunk, received, base, torch.tensor(near), torch.device("cpu"))
+        trip = plan_row_trip(order, chunk, received, base, np.array(near), torch.device("cpu"))
         check_side(trip.near, near, order.counts_XE, chunk, received, base)
         check_side(trip.far, [not inside for inside in near], order.counts_XE, chunk, received, base)
 
@@ -87,8 +88,8 @@ def check_side(
     chosen: list[bool],
     counts_XE: torch.Tensor,
     chunk: int,
-    received_PL: torch.Tensor,
-    base_PL: torch.Tensor,
+    received_PL: Integers,
+    base_PL: Integers,
 ) -> None:
     num_ranks, per_rank = received_PL.shape
     rows, buffer_rows, sent, received = [], [], [0] * num_ranks, [0] * num_ranks
