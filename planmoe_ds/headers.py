@@ -39,8 +39,8 @@ class Header:
     settings: int = 0
 
     def numbers(self) -> list[int]:
-        """All fields."""
-        return [getattr(self, field.name) for field in fields(self)]
+        """What tells a header from anything else, then all fields."""
+        return [digest("a header"), *(getattr(self, field.name) for field in fields(self))]
 
 
 def pass_phase(layer: int, phase: str) -> int:
@@ -71,9 +71,17 @@ def digest(text: str) -> int:
 def check_headers(received: Sequence[Sequence[int]], mine: Header, global_ranks: Sequence[int]) -> None:
     """Compare the headers of all ranks of a group; PlanMoEMismatchError says who has what.
 
-    The first field that differs is named: layer and phase come first, because all others follow from them.
+    The first field that differs is named: layer and phase come first, because all others follow from them. Over NCCL,
+    which knows no tags, what arrives may be no header at all.
     """
-    for place, name in enumerate(field.name for field in fields(Header)):
+    elsewhere = [rank for rank, header in zip(global_ranks, received, strict=True) if header[0] != digest("a header")]
+    if elsewhere:
+        where = f"layer {mine.layer}, {_name('phase', mine.phase)}"
+        raise PlanMoEMismatchError(
+            f"ranks {elsewhere} sent something else than the opening of {where}: they are in another exchange."
+            f"{_ADVICE['phase']}, and call the same layers in the same order"
+        )
+    for place, name in enumerate((field.name for field in fields(Header)), start=1):
         values = [header[place] for header in received]
         if any(value != getattr(mine, name) for value in values):
             who = "; ".join(

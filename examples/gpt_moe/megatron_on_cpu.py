@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_without_engine import do_without_transformer_engine
+
 CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn")
 
@@ -165,26 +167,14 @@ def _replace_uneven_collectives() -> None:
 
 def _replace_megatron() -> None:
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import torch_norm
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 reads this name even without Transformer Engine
-        moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = _as_host_value
-    torch_norm.WrappedTorchNorm.__new__ = _new_norm
+    do_without_transformer_engine()
 
 
 def _as_host_value(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
     """On a GPU, splits arrive as numpy arrays; on the CPU Megatron would leave them as tensors."""
     return tensor.detach().numpy() if torch.is_tensor(tensor) and as_numpy else tensor
-
-
-def _new_norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> torch.nn.Module:
-    """Megatron's plain norm refuses sequence parallelism, which only takes a mark on the parameters."""
-    kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-    norm = kind(hidden_size, eps=eps)
-    for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return norm

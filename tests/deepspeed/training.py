@@ -40,6 +40,7 @@ class Case:
     used_token: bool = False
     steps: int = 3
     bitwise: bool = True  # what exactness "exact" with one chunk promises; False: rounding level
+    bitwise_on_gpus: bool = True  # not where stock adds up three and more experts: a matrix product, in cuBLAS's order
     sections: Sequence[Mapping[str, Any]] = (EXACT, TWO_CHUNKS)
 
     def __str__(self) -> str:
@@ -145,7 +146,8 @@ def distance(expected: torch.Tensor, actual: torch.Tensor) -> float:
 
 def tolerance_of(case: Case, section: Mapping[str, Any], stock: Values) -> float:
     """What `section` may differ by from DeepSpeed's own result."""
-    if case.bitwise and section.get("exactness") == "exact" and section.get("chunks") == 1:
+    bitwise = case.bitwise and (case.bitwise_on_gpus or dist.get_backend() != "nccl")
+    if bitwise and section.get("exactness") == "exact" and section.get("chunks") == 1:
         return 0.0
     return BFLOAT16_TOLERANCE if is_rounded(stock) else FLOAT32_TOLERANCE
 

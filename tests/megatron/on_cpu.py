@@ -1,7 +1,8 @@
-"""Importing this makes megatron.core usable on ranks without a GPU: they do so before they import megatron."""
+"""Importing this before megatron makes it usable on ranks without a GPU, or without Transformer Engine."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "gpt_m
 import torch
 
 from megatron_on_cpu import prepare
+from megatron_without_engine import do_without_transformer_engine
 
 if not torch.cuda.is_available():
     prepare()
+elif importlib.util.find_spec("transformer_engine") is None:
+    do_without_transformer_engine()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -21,9 +22,13 @@ import torch.distributed as dist
 from _pytest.assertion import rewrite
 from megatron_lm_on_cpu import prepare_training
 
+from megatron_without_engine import do_without_transformer_engine
+
 ON_CPU = not torch.cuda.is_available()
 if ON_CPU:
     prepare_training()
+elif importlib.util.find_spec("transformer_engine") is None:
+    do_without_transformer_engine()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
