@@ -1,7 +1,9 @@
 """Ranks over NCCL for benchmarks: on one host, or as emulated hosts with TCP sockets between them.
 
-Ranks share the GPUs where there are fewer: NCCL must then be 2.30 or newer, with NCCL_MULTI_RANK_GPU_ENABLE=1, and what
-the ranks compute takes turns on the card.
+Ranks share the GPUs where there are fewer: NCCL must then be 2.30 or newer, with NCCL_MULTI_RANK_GPU_ENABLE=1. What the
+ranks compute takes turns on the card then, or runs side by side where CUDA's Multi-Process Service is on
+(`nvidia-cuda-mps-control -d`). CUDA_DEVICE_MAX_CONNECTIONS is 32 unless set: with fewer, MPS's own default of 2 above
+all, exchanges over the two links queue behind each other.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(num_ranks: int) -> int:
-    """Run this program again as `num_ranks` ranks; the exit code."""
+def launch(num_ranks: int, *arguments: str) -> int:
+    """Run this program again as `num_ranks` ranks, with more arguments; the exit code."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", **os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     ranks = f"--nproc_per_node={num_ranks}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *sys.argv]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *sys.argv, *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
 
 

@@ -5,8 +5,8 @@
 
 bf16, ZeRO 1, random bytes; every other block of the model has experts. "without all-to-all" is stock with its
 all-to-alls left out: the bound that no dispatch can beat. Milliseconds per step of the slowest rank, medians; one
-variant after the other. `--profile` keeps a step of the last variant as torch's profiler saw it on rank 0, for
-`python -m benchmarks.plot_profile`. Where ranks share a card (see benchmarks/_nccl.py) their computing takes turns.
+variant after the other, in processes of its own. `--profile` keeps a step of the last variant as torch's profiler saw
+it on rank 0, for `python -m benchmarks.plot_profile`. For ranks that share a card see benchmarks/_nccl.py.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks._nccl import describe_ranks, forget_deepspeed_groups, launch, median_ms, start
+from benchmarks._nccl import describe_ranks, launch, median_ms, start
 from benchmarks._stock import without_all_to_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="variants whose names hold one of these words, between slashes")
     parser.add_argument("--quick", action="store_true", help="a small model, few steps")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--profile", type=Path, help="write the trace of a step of the last variant there")
+    parser.add_argument("--profile", help="write the trace of a step of the last variant there")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # for the ranks
+    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.layers, arguments.hidden_size, arguments.heads, arguments.steps = 2, 256, 4, 2
@@ -90,14 +93,11 @@ def make_engine(arguments: argparse.Namespace, section: Any, device: torch.devic
     return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
 
 
-def measure(arguments: argparse.Namespace, variant: str, device: torch.device) -> dict[str, float]:
+def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """One variant: time, memory, tokens, what a rank sends and what of the exchange is not hidden; collective."""
     from data import language_loss
 
-    section = VARIANTS[variant]
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()  # DeepSpeed keeps what the engines before had
+    section = VARIANTS[arguments.variant]
     engine = make_engine(arguments, section, device)
     torch.manual_seed(1 + dist.get_rank())
     tokens = torch.randint(0, 256, (arguments.batch_size, arguments.sequence_length + 1), device=device)
@@ -108,12 +108,12 @@ def measure(arguments: argparse.Namespace, variant: str, device: torch.device) -
         engine.step()
 
     warm_up = WARM_UP + LEARNING.get((section or {}).get("scheduler", ""), 0)
-    with without_all_to_all(active=variant == BOUND):
+    with without_all_to_all(active=arguments.variant == BOUND):
         time = median_ms(step, arguments.steps, warm_up)
     figures = {
         "ms": time,
         "tokens_per_second": dist.get_world_size() * tokens[:, 1:].numel() / time * 1e3,
-        "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "parameters": sum(p.numel() * (dist.get_world_size() if hasattr(p, "allreduce") and not p.allreduce else 1)
                           for p in engine.parameters()),
     }  # fmt: skip
@@ -124,12 +124,12 @@ def measure(arguments: argparse.Namespace, variant: str, device: torch.device) -
         taken = engine.planmoe.recorder.take()
         figures |= {"sent_mb": taken.bytes_sent / 1e6, "stock_mb": taken.stock_bytes / 1e6}
         figures |= {"exposed_ms": taken.exposed_seconds * 1e3}
-    if arguments.profile and variant == list(chosen_variants(arguments))[-1]:
+    if arguments.profile:
         profile(step, arguments.profile)
     return figures
 
 
-def profile(step: Any, path: Path) -> None:
+def profile(step: Any, path: str) -> None:
     """What the card does in one step, as a Chrome trace."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     dist.barrier()
@@ -137,7 +137,7 @@ def profile(step: Any, path: Path) -> None:
         step()
         torch.cuda.synchronize()
     if dist.get_rank() == 0:
-        profiler.export_chrome_trace(str(path))
+        profiler.export_chrome_trace(path)
 
 
 def chosen_variants(arguments: argparse.Namespace) -> list[str]:
@@ -146,11 +146,8 @@ def chosen_variants(arguments: argparse.Namespace) -> list[str]:
     return [name for name in VARIANTS if name in (STOCK, BOUND) or any(word in name for word in words)]
 
 
-def main() -> None:
-    """Launch the ranks, or be one of them."""
-    arguments = parse_arguments()
-    if "RANK" not in os.environ:
-        sys.exit(launch(arguments.ranks))
+def be_a_rank(arguments: argparse.Namespace) -> None:
+    """Measure one variant with the other ranks."""
     device = start(arguments.hosts)
     sys.path.insert(0, str(ROOT / "examples/gpt_moe"))
     import deepspeed
@@ -158,26 +155,39 @@ def main() -> None:
     import planmoe_ds  # noqa: F401  switches the hook on
 
     deepspeed.init_distributed("nccl")
-    rows: dict[str, dict[str, float]] = {}
-    speaks = dist.get_rank() == 0
-    if speaks:
-        print(describe_ranks(arguments.hosts))
-    for variant in chosen_variants(arguments):
-        row = rows[variant] = measure(arguments, variant, device)
-        forget_deepspeed_groups()
-        if speaks:
+    row: dict[str, Any] = measure(arguments, device)
+    if dist.get_rank() == 0:
+        arguments.row.write_text(json.dumps({**row, "ranks": describe_ranks(arguments.hosts)}))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Launch the ranks for every variant, or be one of them."""
+    arguments = parse_arguments()
+    if "RANK" in os.environ:
+        be_a_rank(arguments)
+        return
+    rows: dict[str, dict[str, Any]] = {}
+    variants = chosen_variants(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.json"
+        for variant in variants:
+            more = ["--variant", variant, "--row", str(path)]
+            if launch(arguments.ranks, *more, *(["--profile", ""] if variant != variants[-1] else [])):
+                sys.exit(f"{variant} failed")
+            row = rows[variant] = json.loads(path.read_text())
+            if variant == STOCK:
+                print(row["ranks"])
             sent = f"{row['sent_mb']:8.1f} MB of stock's {row['stock_mb']:.1f}" if "sent_mb" in row else ""
             print(
                 f"{variant:40} {row['ms']:9.1f} ms {rows[STOCK]['ms'] / row['ms']:6.2f}x "
                 f"{row['tokens_per_second']:9.0f} tokens/s {row['peak_gib']:6.1f} GiB {sent}",
                 flush=True,
             )
-    if speaks:
-        report(rows, arguments)
-    dist.destroy_process_group()
+    report(rows, arguments)
 
 
-def report(rows: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
+def report(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
     """The RESULT lines: the best with stock's mathematics and the best with 8-bit codecs."""
     stock = rows[STOCK]["ms"]
     print(f"{rows[STOCK]['parameters'] / 1e9:.2f} billion parameters")

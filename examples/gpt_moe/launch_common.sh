@@ -17,6 +17,8 @@ else
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# So that no stream's kernels queue behind another's. Megatron asks for 1 where tensor parallelism overlaps.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
 
 # local_port: where the ranks of one machine meet: MASTER_PORT if set, else a free one, so that two runs never mix.
 local_port() {

@@ -37,8 +37,6 @@ fi
 repository=$(cd "$HERE/../.." && pwd)
 cd "$MEGATRON"
 export PYTHONPATH="$MEGATRON:$repository${PYTHONPATH:+:$PYTHONPATH}"
-# Megatron asks for 1 where tensor parallelism overlaps; planmoe's overlap between streams wants more.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}
 module=(-m planmoe_ds.megatron "$SCRIPT")
 
 case $launcher in

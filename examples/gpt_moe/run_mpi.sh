@@ -27,7 +27,7 @@ command -v mpirun >/dev/null || {
     exit 2
 }
 
-options=(-np "$RANKS" --bind-to none -x PATH -x OMP_NUM_THREADS)
+options=(-np "$RANKS" --bind-to none -x PATH -x OMP_NUM_THREADS -x CUDA_DEVICE_MAX_CONNECTIONS)
 [ "$(id -u)" -eq 0 ] && options+=(--allow-run-as-root --oversubscribe)
 [ -n "${DS_ACCELERATOR:-}" ] && options+=(-x DS_ACCELERATOR)
 [ -n "${PYTHONPATH:-}" ] && options+=(-x PYTHONPATH)
