@@ -82,7 +82,7 @@ def unguarded() -> Iterator[None]:
 
     def notes(talk: Any, received: Any, opening: Any) -> tuple[int, ...]:
         first = opening.shape[1] - len(talk.notes)
-        return tuple(received[:, first : opening.shape[1]].amax(0).tolist())
+        return tuple(received[:, first : opening.shape[1]].max(0).tolist())
 
     def working(group: Any, _what: str, phase: int) -> Any:
         group.comm.set_phase(phase)
