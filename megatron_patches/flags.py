@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from planmoe_ds.config import PlanMoEConfig, parse_config
+from planmoe_ds.config import PlanMoEConfig, parse_config, read_section
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.integrations.megatron_limits import problems_of
 
@@ -78,7 +76,7 @@ def read_choice(args: Any) -> None:
         return
     for place in chosen:
         setattr(place, DISPATCHER, "alltoall")  # Megatron knows what goes with it by this name
-    section = {**_read_file(path), **given} or True
+    section = {**({} if path is None else read_section(path, FILE_FLAG)), **given} or True
     parse_config(section, "planmoe")
     _check_arguments(chosen[0])
     args.planmoe = section
@@ -122,24 +120,3 @@ def _json_or_text(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def _read_file(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise PlanMoEConfigError(f"{FILE_FLAG} {path}: {error.strerror}") from error
-    try:
-        if path.endswith((".yaml", ".yml")):
-            section = importlib.import_module("yaml").safe_load(text)
-        else:
-            section = json.loads(text)
-    except ModuleNotFoundError as error:
-        raise PlanMoEConfigError(f"{FILE_FLAG} {path}: YAML needs pyyaml; install it or write JSON") from error
-    except ValueError as error:
-        raise PlanMoEConfigError(f"{FILE_FLAG} {path} is not valid: {error}") from error
-    if not isinstance(section, dict):
-        raise PlanMoEConfigError(f"{FILE_FLAG} {path} must hold one section of settings, not {section!r}")
-    return section

@@ -15,13 +15,9 @@ from typing import Any
 from planmoe_ds.errors import PlanMoEError
 from planmoe_ds.hook import forget, when_imported
 
-VERSIONS = {  # Megatron core's major.minor -> our module
-    "0.15": "v0_15",
-    "0.16": "v0_16",
-    "0.17": "v0_17",
-    "0.19": "v0_19",
-    "0.20": "v0_20",
-}
+VERSIONS = {
+    known: f"v{known.replace('.', '_')}" for known in ("0.15", "0.16", "0.17", "0.19", "0.20")
+}  # of Megatron core
 
 
 @dataclass(frozen=True)

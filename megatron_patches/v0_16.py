@@ -1,7 +1,3 @@
-"""Megatron core 0.16: checked with 0.16.1. initialize_megatron() parses the arguments, get_model() builds models."""
+"""Megatron core 0.16: checked with 0.16.1. The same places as in 0.15."""
 
-from __future__ import annotations
-
-from megatron_patches.common import AGREEMENT, CHOICE, CHOICE_BOUND, CONFIG, FLAGS, MODEL
-
-PATCHES = (FLAGS, CHOICE, CHOICE_BOUND, AGREEMENT, MODEL, CONFIG)
+from megatron_patches.v0_15 import PATCHES as PATCHES

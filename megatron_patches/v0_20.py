@@ -1,17 +1,3 @@
-"""Megatron-LM main of August 2026 (it calls itself 0.20): names checked by reading, not run.
+"""Megatron-LM main of August 2026 (it calls itself 0.20): names checked by reading, not run. As in 0.19."""
 
-Scripts parse arguments themselves, with parse_and_validate_args(), and a model may come from a config's builder
-instead of get_model().
-"""
-
-from __future__ import annotations
-
-from megatron_patches.common import AGREEMENT, CHOICE, CONFIG, FLAGS, MODEL
-from megatron_patches.model import activated
-from megatron_patches.patching import Patch
-
-BUILDER = Patch(
-    "megatron.training.models.dist_utils", "unimodal_build_distributed_models",
-    "switch the MoE layers of models from a config's builder over", activated,
-)  # fmt: skip
-PATCHES = (FLAGS, CHOICE, AGREEMENT, MODEL, BUILDER, CONFIG)
+from megatron_patches.v0_19 import PATCHES as PATCHES

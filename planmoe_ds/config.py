@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import json
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
@@ -195,6 +198,25 @@ def find_section(settings: Mapping[str, Any], name: str) -> object:
         if key != name and difflib.get_close_matches(key.lower(), [name], cutoff=0.8):
             raise PlanMoEConfigError(f'unknown key "{key}" in the DeepSpeed config; did you mean "{name}"?')
     return settings.get(name)
+
+
+def read_section(path: str, where: str) -> dict[str, Any]:
+    """A JSON or YAML file's section of settings; PlanMoEConfigError, which begins with `where`, without one."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith((".yaml", ".yml")):
+            section = importlib.import_module("yaml").safe_load(text)
+        else:
+            section = json.loads(text)
+    except OSError as error:
+        raise PlanMoEConfigError(f"{where} {path}: {error.strerror}") from error
+    except ModuleNotFoundError as error:
+        raise PlanMoEConfigError(f"{where} {path}: YAML needs pyyaml; install it or write JSON") from error
+    except Exception as error:  # JSON's and YAML's have nothing in common
+        raise PlanMoEConfigError(f"{where} {path} is not valid: {error}") from error
+    if not isinstance(section, dict):
+        raise PlanMoEConfigError(f"{where} {path} must hold one section of settings, not {section!r}")
+    return section
 
 
 def _section_at(location: list[str]) -> type[Section]:

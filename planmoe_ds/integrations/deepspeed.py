@@ -24,28 +24,22 @@ from deepspeed.utils.bwc import (
 from torch import nn
 
 from planmoe_ds import __version__
-from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
+from planmoe_ds.agreement import check_agreement
 from planmoe_ds.auto_planner import ChoiceLog
-from planmoe_ds.choose import LayerTraffic
-from planmoe_ds.choose_codecs import CodecChoice, resolve_compression
-from planmoe_ds.codecs import make_codecs
-from planmoe_ds.compression import AUTO
 from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.experts import LocalExperts
-from planmoe_ds.group import ExpertGroup, connect
+from planmoe_ds.group import ExpertGroup
 from planmoe_ds.grouped import share_storage
-from planmoe_ds.guard import QualityGuard
+from planmoe_ds.integrations.activation import LayerFacts, make_engine_layers, report_failure, settings_of
 from planmoe_ds.integrations.deepspeed_checkpoints import watch_checkpoints
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.plan import Routes
-from planmoe_ds.recorder import Recorder
 from planmoe_ds.session import Session
 from planmoe_ds.stock_trial import StockTrial
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows, own_rows
 
 SECTION = "planmoe"
-NOMINAL_TOKENS = 4096  # tokens per rank and layer call that all-to-alls are compared for
 SHARED_SETTINGS = (  # of DeepSpeed's own: ranks that disagree on them hang without a word
     "gradient_accumulation_steps",
     "train_batch_size",
@@ -134,7 +128,7 @@ def agree(engine: Any, model: nn.Module) -> PlanMoEConfig:
         section = find_section(param_dict, SECTION)
         config = parse_config(True if section is None and drop_ins else section)
     except PlanMoEConfigError as error:
-        _report_failure({FAILED: str(error)})
+        report_failure(str(error))
         raise
     check_agreement(_settings(config, param_dict, model))
     for module in drop_ins:
@@ -152,25 +146,15 @@ def configure(engine: Any, config: PlanMoEConfig) -> Session | None:
     return session
 
 
-def _report_failure(settings: dict[str, str]) -> None:
-    """Let the other ranks know before this one raises; the caller's error is the better one."""
-    try:
-        check_agreement(settings)
-    except RuntimeError:
-        return
-
-
 def _moe_layers(model: nn.Module) -> list[MOELayer]:
     return [module for module in model.modules() if isinstance(module, MOELayer)]
 
 
 def _settings(config: PlanMoEConfig, param_dict: Mapping[str, Any], model: nn.Module) -> dict[str, str]:
     """What every rank must have in common, by the name a user knows it by."""
-    settings = {ENABLED: str(config.enabled)}
+    settings = settings_of(config)
     if not config.enabled:
         return settings
-    settings |= {f"{SECTION}.{key}": str(value) for key, value in config.model_dump(mode="json").items()}
-    settings[ENABLED] = str(config.enabled)
     settings["planmoe's version"] = __version__
     for path in SHARED_SETTINGS:
         value: Any = param_dict
@@ -200,62 +184,37 @@ def _expert_ranks(layer: MOELayer) -> list[int]:
 
 
 def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torch.device) -> Session:
-    my_groups = {layer.ep_group_name: _expert_ranks(layer) for layer in layers}
-    tensor_parallel_size = bwc_tensor_model_parallel_world_size(groups.mpu)
+    tensor_parallel_size, more_groups = bwc_tensor_model_parallel_world_size(groups.mpu), {}
     if tensor_parallel_size > 1:
-        my_groups["tensor parallel"] = list(dist.get_process_group_ranks(bwc_tensor_model_parallel_group(groups.mpu)))
-    by_size = sorted(layers, key=lambda layer: layer.num_local_experts)
-    traffic = {layer.ep_group_name: _traffic(layer) for layer in by_size}  # of the layer with most experts
-    connected = connect(my_groups, config, device, traffic)
+        more_groups = {"tensor parallel": dist.get_process_group_ranks(bwc_tensor_model_parallel_group(groups.mpu))}
     if device.type == "cuda":
         for layer in layers:  # the optimizer, which keeps views, is not built yet
             share_storage(list(layer.experts.deepspeed_experts))
-    recorder = Recorder(device)
-    compression = _compression(layers, config, connected, traffic, device)
-    log, trial_log = (ChoiceLog(speaks=dist.get_rank() == 0) for _ in range(2))
-    for index, layer in enumerate(layers):
-        chosen = compression[layer.ep_group_name].compression
+    speaks = dist.get_rank() == 0
+    made = make_engine_layers(
+        [_facts(layer) for layer in layers], config, device, speaks=speaks, more_groups=more_groups
+    )
+    trial_log = ChoiceLog(speaks)
+    for index, (layer, engine_layer) in enumerate(zip(layers, made.layers, strict=True)):
         layer.__class__ = PlanMoELayer
-        layer.planmoe = ExpertParallelLayer(
-            index=index,
-            config=config,
-            group=connected[layer.ep_group_name],
-            codecs=make_codecs(chosen),
-            recorder=recorder,
-            guard=None if config.guard is None else QualityGuard(config.guard, chosen, index, recorder),
-            log=log,
-        )
-        layer.tensor_parallel = _split(connected, tensor_parallel_size)
+        layer.planmoe = engine_layer
+        layer.tensor_parallel = _split(made.groups, tensor_parallel_size)
         layer.stock_trial = None
-        if config.chooses_everything and connected[layer.ep_group_name].is_near.all():
+        if config.chooses_everything and engine_layer.group.is_near.all():
             trial_log.num_waiting += 1
             report = partial(trial_log.report, index)
-            layer.stock_trial = StockTrial(layer.planmoe.group, layer.planmoe.planner, report)
-    if dist.get_rank() == 0:
-        print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
-    return Session(config, len(layers), recorder, tuple(layer.planmoe.planner for layer in layers))
+            layer.stock_trial = StockTrial(engine_layer.group, engine_layer.planner, report)
+    if speaks:
+        print(_announcement(layers, made.description), file=sys.stderr, flush=True)
+    return made.session()
 
 
-def _compression(
-    layers: list[MOELayer],
-    config: PlanMoEConfig,
-    connected: dict[str, ExpertGroup],
-    traffic: dict[str, LayerTraffic],
-    device: torch.device,
-) -> dict[str, CodecChoice]:
-    """The codecs by group."""
-    if not layers:
-        return {}
-    weight = next(layers[0].experts.parameters())
-    return resolve_compression(config, connected, traffic, (layers[0].gate.wg.weight.shape[1], weight.dtype, device))
-
-
-def _traffic(layer: MOELayer) -> LayerTraffic:
-    """What a layer sends, as far as it is known before the first batch."""
-    weight = layer.gate.wg.weight
-    return LayerTraffic(
-        tokens_per_rank=NOMINAL_TOKENS,
-        row_bytes=weight.shape[1] * next(layer.experts.parameters()).element_size(),
+def _facts(layer: MOELayer) -> LayerFacts:
+    return LayerFacts(
+        group=layer.ep_group_name,
+        ranks=_expert_ranks(layer),
+        hidden_size=layer.gate.wg.weight.shape[1],
+        dtype=next(layer.experts.parameters()).dtype,
         top_k=layer.gate.k,
         num_experts=layer.ep_size * layer.num_local_experts,
         once_per_rank=True,
@@ -272,20 +231,8 @@ def _split(connected: dict[str, ExpertGroup], size: int) -> TensorParallelSplit 
     return TensorParallelSplit(bwc_tensor_model_parallel_rank(groups.mpu), size, connected["tensor parallel"])
 
 
-def _announcement(
-    layers: list[MOELayer],
-    config: PlanMoEConfig,
-    connected: dict[str, ExpertGroup],
-    compression: dict[str, CodecChoice],
-) -> str:
+def _announcement(layers: list[MOELayer], description: str) -> str:
     if not layers:
         return "planmoe: on, but the model has no deepspeed.moe.layer.MoE: nothing to do"
-    names = " and ".join(sorted({choice.reason for choice in compression.values()}))
-    sizes = sorted({layer.ep_size for layer in layers})
-    choices = [connected[layer.ep_group_name].choice for layer in layers]
-    comm = " and ".join(sorted({choice.name if config.comm != AUTO else choice.reason for choice in choices}))
-    return (
-        f"planmoe: active on {len(layers)} MoE layers: all-to-all {comm}, "
-        f"{config.describe_schedule()}, {config.resolved_exactness.value}, compression ({names}), "
-        f"expert-parallel size {', '.join(map(str, sizes))}"
-    )
+    sizes = ", ".join(map(str, sorted({layer.ep_size for layer in layers})))
+    return f"planmoe: active on {len(layers)} MoE layers: {description}, expert-parallel size {sizes}"

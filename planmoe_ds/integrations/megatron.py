@@ -24,25 +24,16 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
-from planmoe_ds.auto_planner import ChoiceLog
-from planmoe_ds.choose import LayerTraffic
-from planmoe_ds.choose_codecs import CodecChoice, resolve_compression
-from planmoe_ds.codecs import make_codecs
-from planmoe_ds.compression import AUTO
+from planmoe_ds.agreement import check_agreement
 from planmoe_ds.config import Exactness, PlanMoEConfig, parse_config
 from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError
 from planmoe_ds.experts import Experts
-from planmoe_ds.group import ExpertGroup, connect
-from planmoe_ds.guard import QualityGuard
+from planmoe_ds.integrations.activation import LayerFacts, make_engine_layers, report_failure, settings_of
 from planmoe_ds.integrations.megatron_limits import check_supported
 from planmoe_ds.layer import ExpertParallelLayer
 from planmoe_ds.plan import NO_ROUTE, ExpertLayout, Routes
-from planmoe_ds.recorder import Recorder
 from planmoe_ds.session import Session
 from planmoe_ds.sharded_experts import forward_sharded
-
-NOMINAL_TOKENS = 4096  # tokens per rank and layer call that all-to-alls are compared for
 
 
 @dataclass(frozen=True)
@@ -195,32 +186,15 @@ def activate(
             for layer in layers[:1]:
                 check_supported(layer.config)
     except PlanMoEConfigError as error:
-        _report_failure(str(error))
+        report_failure(str(error))
         raise
-    agree(config, {**(settings or {}), **_describe(layers)})
+    check_agreement({**settings_of(config), **({**(settings or {}), **_describe(layers)} if config.enabled else {})})
     if not config.enabled:
         return None
     session = _activate_layers(layers, config)
     for chunk in chunks:
         chunk.planmoe = session
     return session
-
-
-def agree(config: PlanMoEConfig, settings: Mapping[str, str]) -> None:
-    """Compare planmoe's config and other settings with every other rank's; every rank calls this at the same time."""
-    shared = {ENABLED: str(config.enabled)}
-    if config.enabled:
-        shared |= {f"planmoe.{key}": str(value) for key, value in config.model_dump(mode="json").items()}
-        shared |= settings
-    check_agreement(shared)
-
-
-def _report_failure(reason: str) -> None:
-    """Let the other ranks know before this one raises; the caller's error is the better one."""
-    try:
-        check_agreement({FAILED: reason})
-    except RuntimeError:
-        return
 
 
 def _describe(layers: list[MoELayer]) -> dict[str, str]:
@@ -251,34 +225,34 @@ def _expert_ranks(layer: MoELayer) -> list[int]:
 
 
 def _activate_layers(layers: list[MoELayer], config: PlanMoEConfig) -> Session:
-    device = next(layers[0].parameters()).device if layers else torch.device("cpu")
-    names = {id(layer): str(_expert_ranks(layer)) for layer in layers}
-    my_groups = {names[id(layer)]: _expert_ranks(layer) for layer in layers}
-    traffic = {names[id(layer)]: _traffic(layer) for layer in layers}
-    connected = connect(my_groups, config, device, traffic)
-    recorder = Recorder(device)
-    compression = _compression(layers, config, connected, traffic, device)
     totals: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(totals, len(layers))
     if not any(totals):
         raise PlanMoEConfigError("planmoe is on, but the model has no MoE layer: give --num-experts, or leave it off")
-    log = ChoiceLog(speaks=dist.get_rank() == totals.index(max(totals)))
-    for index, layer in enumerate(layers):
-        dispatcher = layer.token_dispatcher
-        chosen = compression[names[id(layer)]].compression
-        dispatcher.planmoe = ExpertParallelLayer(
-            index=index, config=config, group=connected[names[id(layer)]], codecs=make_codecs(chosen),
-            recorder=recorder,
-            guard=None if config.guard is None else QualityGuard(config.guard, chosen, index, recorder),
-            log=log,
-            place_of_source=_place_of_source(dispatcher.ep_size, dispatcher.tp_size),
-        )  # fmt: skip
-        dispatcher.__class__ = PlanMoEDispatcher
+    speaks = dist.get_rank() == totals.index(max(totals))
+    device = next(layers[0].parameters()).device if layers else torch.device("cpu")
+    made = make_engine_layers([_facts(layer) for layer in layers], config, device, speaks=speaks)
+    for layer, engine_layer in zip(layers, made.layers, strict=True):
+        layer.token_dispatcher.planmoe = engine_layer
+        layer.token_dispatcher.__class__ = PlanMoEDispatcher
         layer.__class__ = PlanMoELayer
-    if log.speaks:
-        print(_announcement(layers, config, connected, compression), file=sys.stderr, flush=True)
-    planners = tuple(layer.token_dispatcher.planmoe.planner for layer in layers)
-    return Session(config, len(layers), recorder, planners)
+    if speaks:
+        dispatcher = layers[0].token_dispatcher
+        print(
+            f"planmoe: active on {len(layers)} MoE layers of this pipeline stage: {made.description}, expert-parallel "
+            f"size {dispatcher.ep_size}, expert-tensor-parallel size {dispatcher.tp_size}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    return made.session()
+
+
+def _facts(layer: MoELayer) -> LayerFacts:
+    config, dispatcher, ranks = layer.config, layer.token_dispatcher, _expert_ranks(layer)
+    return LayerFacts(
+        group=str(ranks), ranks=ranks, hidden_size=config.hidden_size, dtype=next(layer.experts.parameters()).dtype,
+        top_k=config.moe_router_topk * dispatcher.tp_size, num_experts=config.num_moe_experts * dispatcher.tp_size,
+        once_per_rank=False, place_of_source=_place_of_source(dispatcher.ep_size, dispatcher.tp_size),
+    )  # fmt: skip
 
 
 def _place_of_source(num_holders: int, num_shards: int) -> tuple[int, ...] | None:
@@ -286,47 +260,6 @@ def _place_of_source(num_holders: int, num_shards: int) -> tuple[int, ...] | Non
     if num_shards == 1:
         return None
     return tuple(rank % num_shards * num_holders + rank // num_shards for rank in range(num_holders * num_shards))
-
-
-def _traffic(layer: MoELayer) -> LayerTraffic:
-    """What a layer sends, as far as it is known before the first batch."""
-    config = layer.config
-    return LayerTraffic(
-        tokens_per_rank=NOMINAL_TOKENS,
-        row_bytes=config.hidden_size * next(layer.experts.parameters()).element_size(),
-        top_k=config.moe_router_topk * layer.token_dispatcher.tp_size,
-        num_experts=config.num_moe_experts * layer.token_dispatcher.tp_size,
-        once_per_rank=False,
-    )
-
-
-def _compression(
-    layers: list[MoELayer],
-    config: PlanMoEConfig,
-    connected: dict[str, ExpertGroup],
-    traffic: dict[str, LayerTraffic],
-    device: torch.device,
-) -> dict[str, CodecChoice]:
-    """The codecs by group."""
-    dtype = next(layers[0].experts.parameters()).dtype if layers else torch.float32
-    hidden = layers[0].config.hidden_size if layers else 1
-    return resolve_compression(config, connected, traffic, (hidden, dtype, device))
-
-
-def _announcement(
-    layers: list[MoELayer],
-    config: PlanMoEConfig,
-    connected: dict[str, ExpertGroup],
-    compression: dict[str, CodecChoice],
-) -> str:
-    comm = sorted({group.choice.name if config.comm != AUTO else group.choice.reason for group in connected.values()})
-    codecs = " and ".join(sorted({choice.reason for choice in compression.values()}))
-    dispatcher = layers[0].token_dispatcher
-    return (
-        f"planmoe: active on {len(layers)} MoE layers of this pipeline stage: all-to-all {' and '.join(comm)}, "
-        f"{config.describe_schedule()}, {config.resolved_exactness.value}, compression "
-        f"({codecs}), expert-parallel size {dispatcher.ep_size}, expert-tensor-parallel size {dispatcher.tp_size}"
-    )
 
 
 def find_routes(routing_map: torch.Tensor, probs: torch.Tensor, top_k: int) -> Routes:

@@ -1,83 +1,60 @@
 """What of Megatron planmoe does not support: said at the start, all at once, with the way out.
 
-Light on purpose: it looks at attributes only, of Megatron's arguments or of a TransformerConfig.
+Light on purpose: it looks at attributes only, of Megatron's arguments or of a TransformerConfig. A setting that this
+Megatron lacks is fine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 from planmoe_ds.errors import PlanMoEConfigError
 
 GRAPHS_WITHOUT_EXPERTS = {"attn", "mlp", "mamba"}
-
-
-@dataclass(frozen=True)
-class Limit:
-    """One setting: for which values it is refused, why, and what to do."""
-
-    name: str
-    is_refused: Callable[[Any], bool]
-    why: str
-    instead: str
-
-    def problem(self, settings: object) -> str | None:
-        """A sentence if `settings` has a refused value; a setting that this Megatron lacks is fine."""
-        value = getattr(settings, self.name, None)
-        if not self.is_refused(value):
-            return None
-        return f"{self.name} = {value!r}: {self.why}; {self.instead}"
-
-
+_PADDED = "{} experts need rows padded in another way than planmoe lays them out"
+_NO_GRAPH = "planmoe's exchanges wait on the host, which no graph can capture"
+_WHOLE = "experts must be whole when planmoe runs them"
 _LEAVE_OFF = "leave it off, or use --moe-token-dispatcher alltoall"
-_COMMON = (
-    Limit(
-        "fp8", bool, "FP8 experts need rows padded in another way than planmoe lays them out",
-        "train the experts in bf16 (compression 'fp8' or 'int8' is about the wire), or use alltoall",
+_BF16 = "train the experts in bf16 (compression 'fp8' or 'int8' is about the wire), or use alltoall"
+_CHUNKS = "leave it off and set planmoe's chunks to 2 or more, or use alltoall"
+_ON = {  # what must be off: why, and what to do instead
+    "fp8": (_PADDED.format("FP8"), _BF16),
+    "fp4": (_PADDED.format("FP4"), _LEAVE_OFF),
+    "moe_router_padding_for_fp8": ("it pads routes for FP8 experts", _LEAVE_OFF),
+    "moe_router_padding_for_quantization": ("it pads routes for FP8 experts", _LEAVE_OFF),
+    "enable_cuda_graph": (_NO_GRAPH, _LEAVE_OFF),
+    "external_cuda_graph": (_NO_GRAPH, _LEAVE_OFF),
+    "overlap_moe_expert_parallel_comm": (
+        "it splits a layer between micro-batches, while planmoe overlaps inside the layer", _CHUNKS,
     ),
-    Limit("fp4", bool, "FP4 experts need rows padded in another way than planmoe lays them out", _LEAVE_OFF),
-    Limit("moe_router_padding_for_fp8", bool, "it pads routes for FP8 experts", _LEAVE_OFF),
-    Limit("moe_router_padding_for_quantization", bool, "it pads routes for FP8 experts", _LEAVE_OFF),
-    Limit("enable_cuda_graph", bool, "planmoe's exchanges wait on the host, which no graph can capture", _LEAVE_OFF),
-    Limit("external_cuda_graph", bool, "planmoe's exchanges wait on the host, which no graph can capture", _LEAVE_OFF),
-    Limit(
-        "overlap_moe_expert_parallel_comm", bool,
-        "it splits a layer between micro-batches, while planmoe overlaps inside the layer",
-        "leave it off and set planmoe's chunks to 2 or more, or use alltoall",
-    ),
-    Limit("delay_wgrad_compute", bool, "planmoe's backward computes weight gradients chunk by chunk", _LEAVE_OFF),
-    Limit(
-        "overlap_dispatch_backward_with_experts_wgrad", bool,
-        "planmoe's backward has an order of its own", _LEAVE_OFF,
-    ),
-    Limit("use_torch_fsdp2", bool, "experts must be whole when planmoe runs them", "use the distributed optimizer"),
-    Limit("use_megatron_fsdp", bool, "experts must be whole when planmoe runs them", "use the distributed optimizer"),
-    Limit("moe_enable_deepep", bool, "DeepEP is another dispatcher", "choose one of the two"),
-    Limit(
-        "transformer_impl", lambda value: value == "inference_optimized",
-        "it has dispatchers of its own", "use --transformer-impl transformer_engine or local",
-    ),
-    Limit(
-        "moe_token_dispatcher_type", lambda value: value not in (None, "alltoall", "planmoe"),
-        "planmoe takes the place of the all-to-all dispatcher", "set it to 'alltoall'",
-    ),
-)  # fmt: skip
+    "delay_wgrad_compute": ("planmoe's backward computes weight gradients chunk by chunk", _LEAVE_OFF),
+    "overlap_dispatch_backward_with_experts_wgrad": ("planmoe's backward has an order of its own", _LEAVE_OFF),
+    "use_torch_fsdp2": (_WHOLE, "use the distributed optimizer"),
+    "use_megatron_fsdp": (_WHOLE, "use the distributed optimizer"),
+    "moe_enable_deepep": ("DeepEP is another dispatcher", "choose one of the two"),
+}  # fmt: skip
 
 
 def problems_of(settings: object) -> list[str]:
     """Everything in Megatron's arguments or in a TransformerConfig that planmoe does not support."""
-    found = [limit.problem(settings) for limit in _COMMON]
+
+    def problem(name: str, why: str, instead: str) -> str:
+        return f"{name} = {getattr(settings, name)!r}: {why}; {instead}"
+
+    found = [problem(name, *words) for name, words in _ON.items() if getattr(settings, name, None)]
+    if getattr(settings, "transformer_impl", None) == "inference_optimized":
+        instead = "use --transformer-impl transformer_engine or local"
+        found.append(problem("transformer_impl", "it has dispatchers of its own", instead))
+    if getattr(settings, "moe_token_dispatcher_type", None) not in (None, "alltoall", "planmoe"):
+        why = "planmoe takes the place of the all-to-all dispatcher"
+        found.append(problem("moe_token_dispatcher_type", why, "set it to 'alltoall'"))
     if getattr(settings, "cuda_graph_impl", None) not in (None, "none"):
         scope = getattr(settings, "cuda_graph_scope", None) or getattr(settings, "cuda_graph_modules", None) or ["full"]
         names = {str(part).rsplit(".", 1)[-1] for part in (scope if isinstance(scope, list) else [scope])}
         if not names <= GRAPHS_WITHOUT_EXPERTS:
+            allowed = ", ".join(sorted(GRAPHS_WITHOUT_EXPERTS))
             found.append(
-                f"cuda_graph_impl with scope {sorted(names)}: planmoe's exchanges wait on the host, which no graph can "
-                f"capture; capture only {', '.join(sorted(GRAPHS_WITHOUT_EXPERTS))}, or use alltoall"
+                f"cuda_graph_impl with scope {sorted(names)}: {_NO_GRAPH}; capture only {allowed}, or use alltoall"
             )
-    return [problem for problem in found if problem is not None]
+    return found
 
 
 def check_supported(settings: object) -> None:

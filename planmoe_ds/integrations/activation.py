@@ -1,0 +1,124 @@
+"""What the integrations of all frameworks do alike: compare settings, then make the engine's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
+from planmoe_ds.auto_planner import ChoiceLog
+from planmoe_ds.choose import LayerTraffic
+from planmoe_ds.choose_codecs import resolve_compression
+from planmoe_ds.codecs import make_codecs
+from planmoe_ds.compression import AUTO
+from planmoe_ds.config import PlanMoEConfig
+from planmoe_ds.group import ExpertGroup, connect
+from planmoe_ds.guard import QualityGuard
+from planmoe_ds.layer import ExpertParallelLayer
+from planmoe_ds.recorder import Recorder
+from planmoe_ds.session import Session
+
+NOMINAL_TOKENS = 4096  # tokens per rank and layer call that all-to-alls are compared for
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """A MoE layer as far as it is known before the first batch; see LayerTraffic and ExpertParallelLayer.
+
+    group: a name of its expert-parallel group; ranks: the group's global ranks; dtype: of the experts.
+    """
+
+    group: str
+    ranks: list[int]
+    hidden_size: int
+    dtype: torch.dtype
+    top_k: int
+    num_experts: int
+    once_per_rank: bool
+    place_of_source: tuple[int, ...] | None = None
+
+    def traffic(self) -> LayerTraffic:
+        """What it sends."""
+        return LayerTraffic(
+            tokens_per_rank=NOMINAL_TOKENS,
+            row_bytes=self.hidden_size * self.dtype.itemsize,
+            top_k=self.top_k,
+            num_experts=self.num_experts,
+            once_per_rank=self.once_per_rank,
+        )
+
+
+@dataclass(frozen=True)
+class EngineLayers:
+    """The engine's layers in the order of the model's, their groups by name, and how it all is set up in words."""
+
+    config: PlanMoEConfig
+    layers: list[ExpertParallelLayer]
+    groups: dict[str, ExpertGroup]
+    recorder: Recorder
+    description: str
+
+    def session(self) -> Session:
+        """What the user gets."""
+        planners = tuple(layer.planner for layer in self.layers)
+        return Session(self.config, len(self.layers), self.recorder, planners)
+
+
+def settings_of(config: PlanMoEConfig) -> dict[str, str]:
+    """What every rank must have in common of planmoe's config, by the name a user knows it by."""
+    settings = {f"planmoe.{key}": str(value) for key, value in config.model_dump(mode="json").items()}
+    return {ENABLED: str(config.enabled), **(settings if config.enabled else {})}
+
+
+def report_failure(reason: str) -> None:
+    """Let the other ranks know before this one raises; the caller's error is the better one."""
+    try:
+        check_agreement({FAILED: reason})
+    except RuntimeError:
+        return
+
+
+def make_engine_layers(
+    facts: Sequence[LayerFacts],
+    config: PlanMoEConfig,
+    device: torch.device,
+    *,
+    speaks: bool,
+    more_groups: Mapping[str, list[int]] | None = None,
+) -> EngineLayers:
+    """Every rank of the world calls this at the same time, also one without MoE layers.
+
+    speaks: this rank tells what layers choose later; more_groups: global ranks by name that are connected as well.
+    """
+    by_size = sorted(facts, key=lambda layer: layer.num_experts)
+    traffic = {layer.group: layer.traffic() for layer in by_size}  # of the layer with most experts
+    my_groups = {layer.group: layer.ranks for layer in facts} | dict(more_groups or {})
+    groups = connect(my_groups, config, device, traffic)
+    hidden, dtype = (facts[0].hidden_size, facts[0].dtype) if facts else (1, torch.float32)
+    compression = resolve_compression(config, groups, traffic, (hidden, dtype, device))
+    recorder, log = Recorder(device), ChoiceLog(speaks)
+    layers = []
+    for index, layer in enumerate(facts):
+        chosen = compression[layer.group].compression
+        guard = None if config.guard is None else QualityGuard(config.guard, chosen, index, recorder)
+        layers.append(
+            ExpertParallelLayer(
+                index=index,
+                config=config,
+                group=groups[layer.group],
+                codecs=make_codecs(chosen),
+                recorder=recorder,
+                guard=guard,
+                log=log,
+                place_of_source=layer.place_of_source,
+            )
+        )
+    choices = [groups[layer.group].choice for layer in facts]
+    comm = " and ".join(sorted({choice.name if config.comm != AUTO else choice.reason for choice in choices}))
+    codecs = " and ".join(sorted({compression[layer.group].reason for layer in facts}))
+    description = (
+        f"all-to-all {comm}, {config.describe_schedule()}, {config.resolved_exactness.value}, compression ({codecs})"
+    )
+    return EngineLayers(config, layers, groups, recorder, description)
