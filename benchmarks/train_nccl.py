@@ -24,21 +24,16 @@ import torch.distributed as dist
 
 from benchmarks._nccl import describe_ranks, launch, median_ms, start
 from benchmarks._stock import without_all_to_all
+from benchmarks.layer_nccl import BOUND, STOCK
+from benchmarks.layer_nccl import VARIANTS as LAYER_VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-STOCK, BOUND = "stock DeepSpeed", "without all-to-all (bound)"
 VARIANTS: dict[str, Any] = {
     STOCK: None,
     BOUND: None,
-    "planmoe pipe": {"comm": "pipe", "chunks": 1},
-    "planmoe dedup": {"comm": "dedup", "chunks": 1},
-    "planmoe dedup, 2 chunks": {"comm": "dedup", "chunks": 2, "scheduler": "optimal"},
-    "planmoe dedup, hadamard_int8": {"comm": "dedup", "chunks": 1, "compression": "hadamard_int8"},
-    "planmoe dedup, hadamard_int8, 2 chunks": {
-        "comm": "dedup", "chunks": 2, "scheduler": "optimal", "compression": "hadamard_int8",
-    },
+    **LAYER_VARIANTS,
     "planmoe auto": {"comm": "auto", "chunks": "auto", "scheduler": "auto"},
-}  # fmt: skip
+}
 WARM_UP = 3
 LEARNING = {"optimal": 9, "auto": 30}  # steps in which a scheduler learns what tasks cost
 

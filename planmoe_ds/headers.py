@@ -40,7 +40,7 @@ class Header:
 
     def numbers(self) -> list[int]:
         """What tells a header from anything else, then all fields."""
-        return [digest("a header"), *(getattr(self, field.name) for field in fields(self))]
+        return [mark(), *(getattr(self, field.name) for field in fields(self))]
 
 
 def pass_phase(layer: int, phase: str) -> int:
@@ -68,13 +68,18 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
+def mark() -> int:
+    """What a header begins with, and hardly anything else."""
+    return digest("a header")
+
+
 def check_headers(received: Sequence[Sequence[int]], mine: Header, global_ranks: Sequence[int]) -> None:
     """Compare the headers of all ranks of a group; PlanMoEMismatchError says who has what.
 
     The first field that differs is named: layer and phase come first, because all others follow from them. Over NCCL,
     which knows no tags, what arrives may be no header at all.
     """
-    elsewhere = [rank for rank, header in zip(global_ranks, received, strict=True) if header[0] != digest("a header")]
+    elsewhere = [rank for rank, header in zip(global_ranks, received, strict=True) if header[0] != mark()]
     if elsewhere:
         where = f"layer {mine.layer}, {_name('phase', mine.phase)}"
         raise PlanMoEMismatchError(

@@ -106,6 +106,41 @@ def test_a_killed_rank(ranks: RankPool, place: Any, comm: str) -> None:
         assert "where the ranks are:" in message
 
 
+class Stuck:
+    """An exchange that an accelerator never gets past."""
+
+    passed = False
+
+
+def leave_the_device_behind() -> tuple[float, str, str]:
+    """The host goes on, as on GPUs, while the device waits for a rank that died."""
+    with patch.object(watchdog_module, "SILENCE_SECONDS", 3.0):
+        group = Model().layers[0].group
+        watchdog: Any = group.watchdog
+        dist.barrier()
+        if dist.get_rank() == ODD:
+            die()
+        with watchdog.waiting(group.number, 0, "layer 0 forward, dispatch of chunk 0", Stuck()):
+            pass
+
+        def look() -> None:
+            for _ in range(200):
+                watchdog.check()
+                time.sleep(0.1)
+
+        return seconds_until_error(look)
+
+
+def test_a_device_that_waits_for_a_dead_rank_is_watched(ranks: RankPool) -> None:
+    outcomes = ranks.run(4, leave_the_device_behind, expect_failure=True, fresh=True, timeout=60)
+    for outcome in outcomes:
+        if outcome.rank != ODD:
+            _, kind, message = outcome.result
+            assert kind == "PlanMoEError", message
+            assert f"rank {ODD} has not been heard of" in message, message
+            assert "waits in layer 0 forward, dispatch of chunk 0" in message, message
+
+
 def test_a_rank_that_hangs_is_named(ranks: RankPool) -> None:
     settings = {"timeout_seconds": 3}
     outcomes = ranks.run(4, run_case, in_forward, hang, settings, 60.0, expect_failure=True, fresh=True, timeout=60)
