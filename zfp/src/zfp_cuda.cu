@@ -2,8 +2,9 @@
 // word that two blocks share is written atomically, into a stream cleared first.
 #include <cuda_runtime.h>
 
-#include "cuda_planes.cuh"
+#include "cuda_reader.cuh"
 #include "cuda_values.cuh"
+#include "cuda_writer.cuh"
 #include "planmoe_zfp/zfp_cuda.h"
 #include "work.h"
 
@@ -15,6 +16,7 @@ constexpr unsigned kThreads = 128;
 template <int kDimensions, class Value>
 __global__ void __launch_bounds__(kThreads) encode_kernel(Layout layout, const Value* values, unsigned* stream) {
   constexpr int kValues = kValuesPerBlock<kDimensions>;
+  PlaneWriter<kDimensions> planes_writer;
   const std::size_t index = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= layout.num_blocks) return;
   const Place place = place_of(layout, index);
@@ -37,12 +39,10 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(Layout layout, const V
 #pragma unroll
     for (int j = 0; j < kValues; ++j) planes[j] = (integers[value_index<kDimensions>(j)] + kNegabinary) ^ kNegabinary;
     transpose_bits<kValues>(planes);
-    unsigned significant = 0;
 #pragma unroll
     for (int plane = kNumPlanes - 1; plane >= 0; --plane) {
       if (writer.full()) break;
-      write_plane<kValues>((planes[plane % kValues] >> (plane / kValues * kValues)) & low_mask(kValues), significant,
-                           writer);
+      planes_writer.write((planes[plane % kValues] >> (plane / kValues * kValues)) & low_mask(kValues), writer);
     }
   }
   writer.finish();
@@ -60,44 +60,77 @@ __device__ bool padding_is_zero(const Layout& layout, const unsigned* grid_strea
   return BitQueue<2>(grid_stream, end, static_cast<unsigned>(32 * layout.words_per_grid - end)).empty();
 }
 
+// One block, read and decoded.
+template <int kDimensions, int kWords>
+struct Decoder {
+  static constexpr int kValues = kValuesPerBlock<kDimensions>;
+
+  const Layout& layout;
+  const unsigned* stream;
+  Rounding rounding;
+  unsigned* num_corrupt;
+
+  // A block that is not `counted` is not checked.
+  __device__ void decode(const Place& place, bool counted, PlaneReader<kDimensions>& planes, float* block) const {
+    const unsigned* grid_stream = stream + place.grid * layout.words_per_grid;
+    BitQueue<kWords> queue(grid_stream, place.block * layout.block_bits, layout.block_bits);
+    const unsigned header = __brev(queue.top()) & low_mask(kHeaderBits);
+    const bool coded = (header & 1u) != 0 && header != kEscapeHeader;
+    queue.skip(1);
+    bool valid = coded || queue.empty();
+    planes.begin(queue, coded);
+    decode_values(planes, queue, header >> 1, rounding, block);
+    if (!coded) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) block[i] = __uint_as_float(header == kEscapeHeader ? kQuietNan : 0);
+    }
+    if (place.block + 1 == layout.blocks_per_grid) valid &= padding_is_zero(layout, grid_stream);
+    if (counted && !valid && num_corrupt != nullptr) atomicAdd(num_corrupt, 1u);
+  }
+};
+
+// Threads share tables, which pay only over several blocks each.
+constexpr unsigned kLinesPerThread = 8;
+
 // kWords: 32-bit words that hold a block's bits.
-template <int kDimensions, int kWords, class Value>
+template <int kWords, class Value>
 __global__ void __launch_bounds__(kThreads)
-    decode_kernel(Layout layout, const unsigned* stream, Rounding rounding, Value* values, unsigned* num_corrupt) {
-  constexpr int kValues = kValuesPerBlock<kDimensions>;
-  constexpr int kSharedWords = PlaneStack<kValues>::kSharedWords;
+    decode_lines(Layout layout, const unsigned* stream, Rounding rounding, Value* values, unsigned* num_corrupt) {
+  __shared__ unsigned tables[PlaneReader<1>::kSharedWords];
+  PlaneReader<1> planes(tables, layout.block_bits - kHeaderBits);
+  const Decoder<1, kWords> decoder{layout, stream, rounding, num_corrupt};
+  std::size_t index = static_cast<std::size_t>(blockIdx.x) * (kThreads * kLinesPerThread) + threadIdx.x;
+  for (unsigned i = 0; i < kLinesPerThread && index < layout.num_blocks; ++i, index += kThreads) {
+    const Place place = place_of(layout, index);
+    float block[4];
+    decoder.decode(place, true, planes, block);
+    store_block<1>(layout, extent_of<1>(layout, place), block, values);
+  }
+}
+
+template <int kWords, class Value>
+__global__ void __launch_bounds__(kThreads)
+    decode_squares(Layout layout, const unsigned* stream, Rounding rounding, Value* values, unsigned* num_corrupt) {
+  constexpr unsigned kOwnWords = PlaneReader<2>::kSharedWords;
   union Shared {  // of a warp; the planes are read before the values are stored
-    unsigned planes[32 * kSharedWords + 1];
-    float4 tile[kDimensions == 2 ? kTileQuads : 1];
+    unsigned planes[32 * kOwnWords + 1];
+    float4 tile[kTileQuads];
   };
   __shared__ Shared shared[kThreads / 32];
   Shared& own = shared[threadIdx.x / 32];
+  PlaneReader<2> planes(own.planes + threadIdx.x % 32 * kOwnWords, layout.block_bits - kHeaderBits);
   const std::size_t index = static_cast<std::size_t>(blockIdx.x) * kThreads + threadIdx.x;
   const bool idle = index >= layout.num_blocks;  // decodes the last block as well, for its warp's sake
   const Place place = place_of(layout, idle ? layout.num_blocks - 1 : index);
-  const unsigned* grid_stream = stream + place.grid * layout.words_per_grid;
-  BitQueue<kWords> queue(grid_stream, place.block * layout.block_bits, layout.block_bits);
-  const unsigned header = __brev(queue.top()) & low_mask(kHeaderBits);
-  const bool coded = (header & 1u) != 0 && header != kEscapeHeader;
-  queue.skip(1);
-  bool valid = coded || queue.empty();
-  queue.skip(kHeaderBits - 1);
-  float block[kValues];
-  const int budget = coded ? static_cast<int>(layout.block_bits - kHeaderBits) : 0;
-  decode_values<kDimensions>(queue, header >> 1, budget, rounding, own.planes + threadIdx.x % 32 * kSharedWords, block);
-  if (!coded) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) block[i] = __uint_as_float(header == kEscapeHeader ? kQuietNan : 0);
-  }
-  if (place.block + 1 == layout.blocks_per_grid) valid &= padding_is_zero(layout, grid_stream);
-  if (!idle && !valid && num_corrupt != nullptr) atomicAdd(num_corrupt, 1u);
-  if (kDimensions == 2 && layout.contiguous && layout.aligned) {
+  float block[16];
+  Decoder<2, kWords>{layout, stream, rounding, num_corrupt}.decode(place, !idle, planes, block);
+  if (layout.contiguous && layout.aligned) {
     const std::size_t first = index - threadIdx.x % 32;
     const std::size_t left = first < layout.num_blocks ? layout.num_blocks - first : 0;
     __syncwarp();
-    store_warp(block, own.tile, static_cast<unsigned>(left < 32 ? left : 32), values + first * kValues);
+    store_warp(block, own.tile, static_cast<unsigned>(left < 32 ? left : 32), values + first * 16);
   } else if (!idle) {
-    store_block<kDimensions>(layout, extent_of<kDimensions>(layout, place), block, values);
+    store_block<2>(layout, extent_of<2>(layout, place), block, values);
   }
 }
 
@@ -141,20 +174,21 @@ void launch_encode(const Work& work, const Layout& layout, const void* values, u
 template <class Value>
 void launch_decode(const Work& work, const Layout& layout, const unsigned* stream, Rounding rounding, void* values,
                    unsigned* num_corrupt, cudaStream_t queue) {
-  const unsigned blocks = num_thread_blocks(layout.num_blocks);
   auto* typed = static_cast<Value*>(values);
-  const auto launch = [&](auto* kernel) {
+  const auto launch = [&](auto* kernel, unsigned per_thread) {
+    const unsigned blocks = num_thread_blocks((layout.num_blocks + per_thread - 1) / per_thread);
     kernel<<<blocks, kThreads, 0, queue>>>(layout, stream, rounding, typed, num_corrupt);
   };
   const unsigned words = (layout.block_bits + 31) / 32;
   if (work.grid.num_dimensions == 1) {
-    launch(words <= 1   ? decode_kernel<1, 1, Value>
-           : words <= 2 ? decode_kernel<1, 2, Value>
-                        : decode_kernel<1, 4, Value>);
+    launch(words <= 1   ? decode_lines<1, Value>
+           : words <= 2 ? decode_lines<2, Value>
+                        : decode_lines<4, Value>,
+           kLinesPerThread);
   } else if (words <= 4) {
-    launch(words <= 2 ? decode_kernel<2, 2, Value> : decode_kernel<2, 4, Value>);
+    launch(words <= 2 ? decode_squares<2, Value> : decode_squares<4, Value>, 1);
   } else {
-    launch(words <= 8 ? decode_kernel<2, 8, Value> : decode_kernel<2, 16, Value>);
+    launch(words <= 8 ? decode_squares<8, Value> : decode_squares<16, Value>, 1);
   }
 }
 
