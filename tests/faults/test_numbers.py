@@ -1,4 +1,4 @@
-"""Numbers that go wrong, and loads that are extreme: results stay right, and NaN is never hidden."""
+"""Numbers that go wrong, loads that are extreme, tensors elsewhere: results stay right, and NaN is never hidden."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ import torch
 import torch.distributed as dist
 
 from planmoe_ds.backend import compressor_names
-from tests.engine.support import routes_of, run_layer
+from planmoe_ds.errors import PlanMoEError
+from planmoe_ds.experts import LocalExperts
+from tests.engine.support import padded_runner, routes_of, run_layer
 from tests.faults.layers import NUM_EXPERTS, Model, batch
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
+
+CODECS = sorted(compressor_names())
+
+
+def compression(codec: str) -> object:
+    """The codec both ways, where it can: lossless carries tokens on their way out only."""
+    return {"dispatch": codec} if codec == "lossless" else codec
 
 
 def poison(settings: dict[str, object], value: float, what: str) -> tuple[bool, bool]:
@@ -44,13 +53,12 @@ def poison(settings: dict[str, object], value: float, what: str) -> tuple[bool, 
     return bool(is_finite[3]) != bad, bool(is_finite[others].all())
 
 
-@pytest.mark.parametrize("codec", sorted(compressor_names()))
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("what", ["tokens", "gates", "gradients"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_arrives_so(ranks: RankPool, codec: str, what: str, value: float) -> None:
     for comm in ("direct", "dedup"):
-        compression = {"dispatch": codec} if codec == "lossless" else codec  # it carries tokens on their way out only
-        settings = {"compression": compression, "comm": comm, "ranks_per_node": 2}
+        settings = {"compression": compression(codec), "comm": comm, "ranks_per_node": 2}
         for rank, (arrived, others_intact) in enumerate(ranks.run(4, poison, settings, value, what)):
             assert arrived, (comm, rank)
             assert others_intact, (comm, rank)
@@ -71,3 +79,19 @@ def extreme_loads() -> bool:
 
 def test_extreme_loads(ranks: RankPool) -> None:
     assert ranks.run(4, extreme_loads) == [True] * 4
+
+
+def call_from_another_device() -> str:
+    model = Model({"chunks": 1})
+    tokens, experts = batch()
+    local = LocalExperts(model.experts[1], padded_runner(model.experts[1]))
+    try:
+        model.layers[1].forward(tokens.to("meta"), routes_of(experts, NUM_EXPERTS), local)
+    except PlanMoEError as error:
+        return str(error)
+    return ""
+
+
+def test_tokens_on_another_device_than_the_layer_are_refused(ranks: RankPool) -> None:
+    for message in ranks.run(2, call_from_another_device):
+        assert "when layer 1 was on cpu, and its tokens are on meta: move the model to its device" in message

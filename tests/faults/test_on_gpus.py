@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults import test_death, test_mismatch, test_numbers
+from tests.faults import test_death, test_files, test_mismatch, test_numbers, test_peers
 from tests.harness.ranks import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed, pytest.mark.slow]
@@ -47,10 +48,57 @@ def test_every_rank_learns_what_differs(gpu_ranks: RankPool, case: Any) -> None:
         assert mixed or all(words in message for words in test_mismatch.CASES[case]), message
 
 
-@pytest.mark.parametrize("what", ["tokens", "gates", "gradients"])
-def test_what_is_not_finite_arrives_so(gpu_ranks: RankPool, what: str) -> None:
-    settings = {"compression": "int8", "comm": "dedup", **TWO_NODES}
-    assert gpu_ranks.run(4, test_numbers.poison, settings, float("nan"), what, timeout=120) == [(True, True)] * 4
+def test_a_rank_that_hangs_is_named(gpu_ranks: RankPool) -> None:
+    arguments = test_death.in_forward, test_death.hang, {"timeout_seconds": 3, **TWO_NODES}, 60.0
+    outcomes = gpu_ranks.run(4, test_death.run_case, *arguments, expect_failure=True, fresh=True, timeout=120)
+    for outcome in outcomes:
+        seconds, kind, message = outcome.result
+        assert kind == "PlanMoEError", (outcome.rank, kind, message)
+        assert f"rank {test_death.ODD} was last in layer 0 forward" in message, message
+        assert seconds < (SECONDS if outcome.rank != test_death.ODD else SECONDS + 25)
+
+
+def test_a_rank_that_ends_its_program(gpu_ranks: RankPool) -> None:
+    outcomes = gpu_ranks.run(4, test_death.end_the_program, fresh=True, timeout=120)
+    for rank, (seconds, kind, message) in enumerate(outcomes):
+        if rank == test_death.ODD:
+            assert kind == ""
+            continue
+        assert kind == "PlanMoEError", (rank, kind, message)
+        assert f"rank {test_death.ODD} ended its program" in message
+        assert seconds < SECONDS
+
+
+def test_a_straggler(gpu_ranks: RankPool) -> None:
+    for usual, slow, usual_seconds, slow_seconds in gpu_ranks.run(4, test_death.straggle, timeout=120):
+        assert slow == usual
+        assert slow_seconds > usual_seconds
+
+
+def test_counts_that_cannot_be(gpu_ranks: RankPool) -> None:
+    outcomes = gpu_ranks.run(4, test_peers.tell_all, TWO_NODES, fresh=True, timeout=180)
+    for rank, found in enumerate(outcomes):
+        for name, (_, kind, message) in found.items():
+            assert kind == "PlanMoEMismatchError", (name, rank, kind, message)
+            assert f"what ranks [{test_peers.ODD}] say that they send to rank 0 cannot be" in message, (name, message)
+
+
+def test_a_damaged_plan_is_refused_on_every_rank(gpu_ranks: RankPool, tmp_path: Path) -> None:
+    gpu_ranks.run(4, test_files.learn, str(tmp_path), fresh=True, timeout=120)
+    path = tmp_path / "layer-0.json"
+    path.write_bytes(path.read_bytes()[:40])
+    for _, kind, message in gpu_ranks.run(4, test_files.step, str(tmp_path), fresh=True, timeout=120):
+        assert kind == "PlanMoEConfigError", message
+        assert path.name in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("codec", test_numbers.CODECS)
+def test_what_is_not_finite_arrives_so(gpu_ranks: RankPool, codec: str, value: float) -> None:
+    settings = {"compression": test_numbers.compression(codec), "comm": "dedup", **TWO_NODES}
+    for what in ("tokens", "gates", "gradients"):
+        found = gpu_ranks.run(4, test_numbers.poison, settings, value, what, timeout=120)
+        assert found == [(True, True)] * 4, what
 
 
 def test_extreme_loads(gpu_ranks: RankPool) -> None:
