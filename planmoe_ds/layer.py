@@ -19,6 +19,7 @@ from planmoe_ds.codecs import Codecs
 from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.counts import Talk
+from planmoe_ds.errors import PlanMoEError
 from planmoe_ds.experts import Experts, LocalExperts
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.grouped import GroupedExperts, recognise
@@ -82,6 +83,11 @@ class ExpertParallelLayer:
         return self._run(tokens_TH, routes, experts, order).index_select(0, order.row_of_route_KT)
 
     def _run(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts, order: RowOrder | None) -> torch.Tensor:
+        if tokens_TH.device.type != self.group.comm.device.type:
+            raise PlanMoEError(
+                f"planmoe was activated when layer {self.index} was on {self.group.comm.device}, and its tokens are on "
+                f"{tokens_TH.device}: move the model to its device before activate()"
+            )
         columns = token_columns(routes.expert_KT, routes.weight_KT, routes.num_experts, order)
         header = self._header(tokens_TH, routes)
         label = Label("plan", self.index, -1, "forward")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
 from planmoe_ds.auto_planner import ChoiceLog
@@ -78,6 +79,12 @@ def report_failure(reason: str) -> None:
         check_agreement({FAILED: reason})
     except RuntimeError:
         return
+
+
+def device_of(modules: Iterable[nn.Module]) -> torch.device:
+    """Where the modules are: on an accelerator as soon as one parameter is, as Megatron's routers start on the CPU."""
+    devices = [parameter.device for module in modules for parameter in module.parameters()]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def make_engine_layers(

@@ -31,7 +31,7 @@ from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.grouped import share_storage
-from planmoe_ds.integrations.activation import LayerFacts, make_engine_layers, report_failure, settings_of
+from planmoe_ds.integrations.activation import LayerFacts, device_of, make_engine_layers, report_failure, settings_of
 from planmoe_ds.integrations.deepspeed_checkpoints import watch_checkpoints
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.plan import Routes
@@ -112,9 +112,7 @@ def activate(model: nn.Module, section: object = True, device: torch.device | No
     config = parse_config(section)
     layers = _moe_layers(model)
     check_agreement(_settings(config, {}, model))
-    if device is None:
-        device = next(model.parameters()).device
-    return _activate_layers(layers, config, device) if config.enabled else None
+    return _activate_layers(layers, config, device or device_of([model])) if config.enabled else None
 
 
 def agree(engine: Any, model: nn.Module) -> PlanMoEConfig:

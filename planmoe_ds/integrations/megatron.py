@@ -28,7 +28,7 @@ from planmoe_ds.agreement import check_agreement
 from planmoe_ds.config import Exactness, PlanMoEConfig, parse_config
 from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError
 from planmoe_ds.experts import Experts
-from planmoe_ds.integrations.activation import LayerFacts, make_engine_layers, report_failure, settings_of
+from planmoe_ds.integrations.activation import LayerFacts, device_of, make_engine_layers, report_failure, settings_of
 from planmoe_ds.integrations.megatron_limits import check_supported
 from planmoe_ds.layer import ExpertParallelLayer
 from planmoe_ds.plan import NO_ROUTE, ExpertLayout, Routes
@@ -230,8 +230,7 @@ def _activate_layers(layers: list[MoELayer], config: PlanMoEConfig) -> Session:
     if not any(totals):
         raise PlanMoEConfigError("planmoe is on, but the model has no MoE layer: give --num-experts, or leave it off")
     speaks = dist.get_rank() == totals.index(max(totals))
-    device = next(layers[0].parameters()).device if layers else torch.device("cpu")
-    made = make_engine_layers([_facts(layer) for layer in layers], config, device, speaks=speaks)
+    made = make_engine_layers([_facts(layer) for layer in layers], config, device_of(layers), speaks=speaks)
     for layer, engine_layer in zip(layers, made.layers, strict=True):
         layer.token_dispatcher.planmoe = engine_layer
         layer.token_dispatcher.__class__ = PlanMoEDispatcher
