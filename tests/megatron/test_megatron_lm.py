@@ -39,7 +39,7 @@ def losses(*arguments: str) -> list[str]:
         free.bind(("", 0))
         port = free.getsockname()[1]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    script = [str(ROOT / "tests" / "megatron" / "megatron_lm_on_cpu.py"), "pretrain_gpt.py"]
+    script = [str(ROOT / "tests" / "megatron" / "run_megatron_lm.py"), "pretrain_gpt.py"]
     paths = [CHECKOUT, str(ROOT), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, *launch, *script, *ARGUMENTS.split(), *arguments],

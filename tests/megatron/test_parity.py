@@ -17,7 +17,12 @@ CHUNKED_CASES = {"EP4", "TP2 EP2 ETP2", "PP2 EP2", "drop and pad", "recompute mo
 
 def compare(case: Case, sections: dict[str, tuple[dict[str, Any], float]]) -> dict[str, str]:
     """On the ranks."""
+    from tests.megatron.training import DEVICE
     from tests.megatron.training import compare as compare_trainings
+
+    if DEVICE.type == "cuda" and case.config.get("moe_router_topk", 2) > 2:
+        # Megatron adds more than two outputs up with atomics there, in any order.
+        sections = {name: (settings, max(bound, ROUNDING)) for name, (settings, bound) in sections.items()}
 
     return compare_trainings(case, sections)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
 import json
 import os
 import sys
@@ -20,15 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _pytest.assertion import rewrite
-from megatron_lm_on_cpu import prepare_training
-
-from megatron_without_engine import do_without_transformer_engine
+from run_megatron_lm import prepare_this_machine
 
 ON_CPU = not torch.cuda.is_available()
-if ON_CPU:
-    prepare_training()
-elif importlib.util.find_spec("transformer_engine") is None:
-    do_without_transformer_engine()
+prepare_this_machine()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
@@ -88,20 +82,30 @@ def destroy_groups_with_the_model_parallel_state() -> None:
 
 
 def switch_planmoe_on(section: dict[str, Any]) -> None:
-    """Every layer goes through planmoe as soon as it is built, also where a test leaves or names "allgather"."""
+    """Every layer goes through planmoe once built and on its device, also where a test leaves or names "allgather"."""
     from planmoe_ds.integrations.megatron import PlanMoELayer, activate
 
-    original = MoELayer.__init__
+    original_init, original_apply = MoELayer.__init__, MoELayer._apply
 
-    @functools.wraps(original)
+    def activate_once(layer: Any) -> None:
+        if layer.config.moe_token_dispatcher_type == "alltoall" and type(layer) is not PlanMoELayer:
+            activate(layer, section)
+
+    @functools.wraps(original_init)
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if config.moe_token_dispatcher_type == "allgather":  # the default, too
             config.moe_token_dispatcher_type = "alltoall"
-        original(self, config, *args, **kwargs)
-        if self.config.moe_token_dispatcher_type == "alltoall" and type(self) is not PlanMoELayer:
-            activate(self, section)
+        original_init(self, config, *args, **kwargs)
+        if ON_CPU:
+            activate_once(self)
 
-    MoELayer.__init__ = init
+    def apply(self: Any, *args: Any, **kwargs: Any) -> Any:  # cuda() is one
+        original_apply(self, *args, **kwargs)
+        if all(parameter.is_cuda for parameter in self.parameters()):
+            activate_once(self)
+        return self
+
+    MoELayer.__init__, MoELayer._apply = init, apply
 
 
 know_of_no_transformer_engine()

@@ -1,14 +1,15 @@
-"""Runs a script of a Megatron-LM checkout on CPU ranks, with planmoe's flags.
+"""Runs a script of a Megatron-LM checkout with planmoe's flags on CPU ranks, or on GPUs without Transformer Engine.
 
-    cd Megatron-LM && PYTHONPATH=.:PLANMOE torchrun --nproc_per_node 4 PLANMOE/tests/megatron/megatron_lm_on_cpu.py \
+    cd Megatron-LM && PYTHONPATH=.:PLANMOE torchrun --nproc_per_node 4 PLANMOE/tests/megatron/run_megatron_lm.py \
         pretrain_gpt.py --transformer-impl local … --moe-token-dispatcher planmoe
 
-megatron.training asks for more of CUDA than megatron.core does; `prepare_training()` gives it. Nothing of the checkout
-is edited. PLANMOE is this repository.
+On the CPU, megatron.training asks for more of CUDA than megatron.core does. Nothing of the checkout is edited. PLANMOE
+is this repository.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import types
@@ -24,8 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "gpt_m
 MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "device_memory_used")
 
 
-def prepare_training() -> None:
-    """Replace what megatron.training expects of CUDA, before it is imported."""
+def prepare_this_machine() -> None:
+    """Fill in what Megatron-LM expects and this machine lacks, before it is imported."""
+    if not torch.cuda.is_available():
+        replace_cuda()
+    elif importlib.util.find_spec("transformer_engine") is None:
+        from megatron_without_engine import do_without_transformer_engine
+
+        do_without_transformer_engine()
+
+
+def replace_cuda() -> None:
+    """What megatron.training expects of CUDA."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     from megatron_on_cpu import prepare
 
@@ -67,7 +78,7 @@ def _skip_fused_kernels() -> None:
 
 
 if __name__ == "__main__":
-    prepare_training()
+    prepare_this_machine()
     from planmoe_ds.megatron import main
 
     main()
