@@ -34,7 +34,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "planmoe dedup, hadamard_int8, 2 chunks": {
         "comm": "dedup", "chunks": 2, "scheduler": "optimal", "compression": "hadamard_int8",
     },
+    "planmoe auto": {"comm": "auto", "chunks": "auto", "scheduler": "auto"},
 }  # fmt: skip
+LEARNING = {"optimal": 9, "auto": 40}  # calls from which a scheduler learns what tasks cost, and which way is faster
 
 
 def make_layer(shape: list[int], device: torch.device) -> Any:
@@ -75,7 +77,7 @@ def measure(shape: list[int], variant: str, hosts: int, rounds: int, device: tor
         output, balance, _ = layer(tokens)
         torch.autograd.backward([output, balance], [probe, torch.ones_like(balance)])
 
-    warm_up = 9 if VARIANTS.get(variant, {}).get("scheduler") else 2  # the scheduler learns from its first calls
+    warm_up = LEARNING.get(str(VARIANTS.get(variant, {}).get("scheduler")), 2)
     with without_all_to_all(active=variant == BOUND):
         time = median_ms(step, rounds, warm_up)
     figures = {"ms": time, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}

@@ -15,8 +15,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,36 +95,18 @@ def make_model(arguments: argparse.Namespace, top_k: int, section: Any) -> Any:
     return model
 
 
-@contextmanager
-def without_all_to_all(active: bool) -> Iterator[None]:
-    """Stock's all-to-all becomes a local copy of the right size: same compute, wrong tokens."""
-    import torch
-    from megatron.core.transformer.moe import token_dispatcher
-
-    original = token_dispatcher.all_to_all
-
-    def copy(_group: Any, rows: Any, output_splits: Any = None, _input_splits: Any = None) -> Any:
-        num_rows = rows.shape[0] if output_splits is None else int(sum(output_splits))
-        return rows.index_select(0, torch.arange(num_rows) % max(rows.shape[0], 1))
-
-    if active:
-        token_dispatcher.all_to_all = copy
-    try:
-        yield
-    finally:
-        token_dispatcher.all_to_all = original
-
-
 def take_step(model: Any, tokens: Any, bound: bool) -> float:
     """Forward and backward of the slowest rank, in seconds; the dense gradients' all-reduce is not the subject."""
     import torch
     import torch.distributed as dist
 
+    from benchmarks._stock import without_megatron_all_to_all
+
     model.zero_grad_buffer()
     positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
     dist.barrier()
     start = time.perf_counter()
-    with without_all_to_all(bound):
+    with without_megatron_all_to_all(active=bound):
         losses = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
         losses.mean().backward()
     seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)

@@ -1,12 +1,13 @@
-"""A GPT-MoE trained with DeepSpeed over NCCL: stock against planmoe, step by step.
+"""A GPT-MoE trained with DeepSpeed or Megatron over NCCL: stock against planmoe, step by step.
 
-    python -m benchmarks.train_nccl [--ranks 4] [--hosts 2] [--top-k 8 --experts 64 …] [--quick] [--json FILE]
-        [--profile FILE]
+    python -m benchmarks.train_nccl [--framework megatron] [--ranks 4] [--hosts 2] [--top-k 8 --experts 64 …]
+        [--quick] [--json FILE] [--profile FILE]
 
-bf16, ZeRO 1, random bytes; every other block of the model has experts. "without all-to-all" is stock with its
-all-to-alls left out: the bound that no dispatch can beat. Milliseconds per step of the slowest rank, medians; one
-variant after the other, in processes of its own. `--profile` keeps a step of the last variant as torch's profiler saw
-it on rank 0, for `python -m benchmarks.plot_profile`. For ranks that share a card see benchmarks/_nccl.py.
+bf16, ZeRO 1 or Megatron's distributed optimizer, random bytes; every other block of the model has experts. "without
+all-to-all" is stock with its all-to-alls left out: the bound that no dispatch can beat. Milliseconds per step of the
+slowest rank, medians; one variant after the other, in processes of its own. `--profile` keeps a step of the last
+variant as torch's profiler saw it on rank 0, for `python -m benchmarks.plot_profile`. For ranks that share a card see
+benchmarks/_nccl.py.
 """
 
 from __future__ import annotations
@@ -23,19 +24,17 @@ import torch
 import torch.distributed as dist
 
 from benchmarks._nccl import describe_ranks, launch, median_ms, start
-from benchmarks._stock import without_all_to_all
-from benchmarks.layer_nccl import BOUND, STOCK
+from benchmarks.layer_nccl import BOUND, LEARNING
 from benchmarks.layer_nccl import VARIANTS as LAYER_VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
+STOCK = "stock"
 VARIANTS: dict[str, Any] = {
     STOCK: None,
     BOUND: None,
     **LAYER_VARIANTS,
-    "planmoe auto": {"comm": "auto", "chunks": "auto", "scheduler": "auto"},
 }
 WARM_UP = 3
-LEARNING = {"optimal": 9, "auto": 30}  # steps in which a scheduler learns what tasks cost
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         "batch-size": 4, "sequence-length": 1024,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--framework", choices=["deepspeed", "megatron"], default="deepspeed")
     parser.add_argument("--only", default="", help="variants whose names hold one of these words, between slashes")
     parser.add_argument("--quick", action="store_true", help="a small model, few steps")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -59,68 +59,39 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def make_engine(arguments: argparse.Namespace, section: Any, device: torch.device) -> Any:
-    """DeepSpeed's engine of the example's model, with or without planmoe."""
-    import deepspeed
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+def make_training(arguments: argparse.Namespace, device: torch.device) -> Any:
+    """The variant's model and optimizer."""
+    section = VARIANTS[arguments.variant]
+    if arguments.framework == "megatron":
+        from benchmarks._nccl_megatron import MegatronTraining
 
-    from model import GPTMoE, ModelConfig
+        return MegatronTraining(arguments, section, device)
+    from benchmarks._nccl_deepspeed import DeepSpeedTraining
 
-    torch.manual_seed(1)
-    with device:
-        model = GPTMoE(
-            ModelConfig(
-                num_layers=arguments.layers, hidden_size=arguments.hidden_size, num_heads=arguments.heads,
-                num_experts=arguments.experts, top_k=arguments.top_k, ep_size=dist.get_world_size(),
-                sequence_length=arguments.sequence_length,
-            )
-        )  # fmt: skip
-    groups = split_params_into_different_moe_groups_for_optimizer(
-        {"params": list(model.parameters()), "name": "parameters"}
-    )
-    if section is not None and arguments.hosts > 1:
-        section = {**section, "ranks_per_node": dist.get_world_size() // arguments.hosts}
-    settings = {
-        "train_micro_batch_size_per_gpu": arguments.batch_size, "steps_per_print": 10**9, "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
-        "planmoe": section or False,
-    }  # fmt: skip
-    return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
+    return DeepSpeedTraining(arguments, section, device)
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """One variant: time, memory, tokens, what a rank sends and what of the exchange is not hidden; collective."""
-    from data import language_loss
-
-    section = VARIANTS[arguments.variant]
-    engine = make_engine(arguments, section, device)
-    torch.manual_seed(1 + dist.get_rank())
-    tokens = torch.randint(0, 256, (arguments.batch_size, arguments.sequence_length + 1), device=device)
-
-    def step() -> None:
-        logits, balance_loss = engine(tokens[:, :-1])
-        engine.backward(language_loss(logits, tokens[:, 1:]) + 0.01 * balance_loss)
-        engine.step()
-
-    warm_up = WARM_UP + LEARNING.get((section or {}).get("scheduler", ""), 0)
-    with without_all_to_all(active=arguments.variant == BOUND):
-        time = median_ms(step, arguments.steps, warm_up)
+    training = make_training(arguments, device)
+    warm_up = WARM_UP + LEARNING.get((VARIANTS[arguments.variant] or {}).get("scheduler", ""), 0)
+    with training.without_all_to_all(active=arguments.variant == BOUND):
+        time = median_ms(training.step, arguments.steps, warm_up)
     figures = {
         "ms": time,
-        "tokens_per_second": dist.get_world_size() * tokens[:, 1:].numel() / time * 1e3,
+        "tokens_per_second": dist.get_world_size() * arguments.batch_size * arguments.sequence_length / time * 1e3,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "parameters": sum(p.numel() * (dist.get_world_size() if hasattr(p, "allreduce") and not p.allreduce else 1)
-                          for p in engine.parameters()),
-    }  # fmt: skip
-    if section is not None:
-        engine.planmoe.recorder.take()
-        step()
+        "parameters": training.num_parameters,
+    }
+    if training.session is not None:
+        training.session.recorder.take()
+        training.step()
         torch.cuda.synchronize()
-        taken = engine.planmoe.recorder.take()
+        taken = training.session.recorder.take()
         figures |= {"sent_mb": taken.bytes_sent / 1e6, "stock_mb": taken.stock_bytes / 1e6}
         figures |= {"exposed_ms": taken.exposed_seconds * 1e3}
     if arguments.profile:
-        profile(step, arguments.profile)
+        profile(training.step, arguments.profile)
     return figures
 
 
@@ -145,11 +116,6 @@ def be_a_rank(arguments: argparse.Namespace) -> None:
     """Measure one variant with the other ranks."""
     device = start(arguments.hosts)
     sys.path.insert(0, str(ROOT / "examples/gpt_moe"))
-    import deepspeed
-
-    import planmoe_ds  # noqa: F401  switches the hook on
-
-    deepspeed.init_distributed("nccl")
     row: dict[str, Any] = measure(arguments, device)
     if dist.get_rank() == 0:
         arguments.row.write_text(json.dumps({**row, "ranks": describe_ranks(arguments.hosts)}))
