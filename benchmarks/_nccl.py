@@ -2,8 +2,8 @@
 
 Ranks share the GPUs where there are fewer: NCCL must then be 2.30 or newer, with NCCL_MULTI_RANK_GPU_ENABLE=1. What the
 ranks compute takes turns on the card then, or runs side by side where CUDA's Multi-Process Service is on
-(`nvidia-cuda-mps-control -d`). CUDA_DEVICE_MAX_CONNECTIONS is 32 unless set: with fewer, MPS's own default of 2 above
-all, exchanges over the two links queue behind each other.
+(`nvidia-cuda-mps-control -d`). CUDA_DEVICE_MAX_CONNECTIONS is 32 unless set: with few, MPS's own default of 2 above all,
+exchanges over the two links queue behind each other. Ranks that share a card share its 64.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def launch(num_ranks: int, *arguments: str) -> int:
     """Run this program again as `num_ranks` ranks, with more arguments; the exit code."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", **os.environ, "OMP_NUM_THREADS": "1"}
+    ranks_per_card = -(-num_ranks // max(1, torch.cuda.device_count()))
+    connections = {"CUDA_DEVICE_MAX_CONNECTIONS": str(min(32, max(8, 64 // ranks_per_card)))}
+    environment = {**connections, **os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     ranks = f"--nproc_per_node={num_ranks}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *sys.argv, *arguments]

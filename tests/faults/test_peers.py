@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from planmoe_ds.counts import Talk, _width
+from planmoe_ds.counts import Counts
 from planmoe_ds.group import NUM_LINKS
 from planmoe_ds.rows import Integers
 from tests.engine.support import drop_groups
@@ -38,20 +38,16 @@ def tell(name: str, settings: dict[str, object]) -> tuple[float, str, str]:
     """Rank ODD tells rank 0 spoiled counts about its second layer."""
     model = Model(settings)
     hidden = model.layer(0, *batch())
-    exchange = Talk._exchange
+    pack = Counts.pack
 
-    def spoil(talk: Talk, message: torch.Tensor) -> tuple[Integers, Integers]:
-        if dist.get_rank() != ODD:
-            return exchange(talk, message)
-        first = 1 + len(talk.header.numbers()) + len(talk.notes)
-        counts = slice(first, first + sum(map(_width, talk._count_shapes())))
-        spoiled, sent = message.clone(), message[:, counts].cpu()
-        SPOILED[name](sent)
-        spoiled[:, counts] = sent
-        return message.cpu().numpy(), exchange(talk, spoiled)[1]
+    def spoil(counts: Counts) -> Integers:
+        packed = pack(counts)
+        if dist.get_rank() == ODD:
+            SPOILED[name](torch.from_numpy(packed))
+        return packed
 
     dist.barrier()
-    with patch.object(Talk, "_exchange", spoil):
+    with patch.object(Counts, "pack", spoil):
         return seconds_until_error(lambda: model.layer(1, hidden, batch()[1]))
 
 
