@@ -52,6 +52,8 @@ def replace_cuda() -> None:
     cuda.get_device_name = lambda *_: "cpu"
     properties = types.SimpleNamespace(major=9, minor=0, name="cpu", multi_processor_count=1, total_memory=1 << 33)
     cuda.get_device_properties = lambda *_: properties
+    tensor: Any = torch.Tensor
+    tensor.pin_memory = lambda values, *_: values
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: 0
     dist.init_process_group = _over_gloo(dist.init_process_group, "device_id")
     dist.new_group = _over_gloo(dist.new_group, "pg_options", "device_id")
