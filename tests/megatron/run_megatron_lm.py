@@ -48,6 +48,7 @@ def replace_cuda() -> None:
     for name in MEMORY:
         setattr(cuda, name, lambda *_, **__: 0)
     cuda.memory_stats = lambda *_: {}
+    cuda.is_current_stream_capturing = lambda: False
     cuda.get_device_capability = lambda *_: (9, 0)
     cuda.get_device_name = lambda *_: "cpu"
     properties = types.SimpleNamespace(major=9, minor=0, name="cpu", multi_processor_count=1, total_memory=1 << 33)
