@@ -1,7 +1,8 @@
-"""A whole MoE layer on one GPU, forward and backward, against its experts alone: python benchmarks/layer.py [--quick].
+"""A whole MoE layer on one GPU, forward and backward, against its experts alone: python -m benchmarks.layer [--quick].
 
 Experts alone: torch's own grouped GEMM and autograd on rows that are already in order and two weights for all experts,
 with the gradients of rows and weights. Medians of device time of five steps in a row, divided by five; both take turns.
+Then the layers of DeepSpeed, with planmoe in it and without, Megatron and Tutel, where installed, with their routers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks._layer_cases import SHAPES, Shape, make_experts, median_ms, routing
+from benchmarks._layer_peers import Forward, make_peers
 from planmoe_ds.codecs import make_codecs
 from planmoe_ds.compression import CompressionConfig
 from planmoe_ds.config import parse_config
@@ -110,6 +112,24 @@ def measure(shape: Shape, layer: ExpertParallelLayer, rounds: int) -> dict[str, 
     }
 
 
+def measure_peers(shape: Shape, experts_ms: float, rounds: int) -> dict[str, float]:
+    """Other systems' time over the experts'."""
+    tokens = torch.randn(shape.tokens, shape.hidden, device="cuda").bfloat16().requires_grad_()
+    probe = torch.randn_like(tokens)
+    figures = {}
+    for name, module, forward in make_peers(shape, tokens.device):
+
+        def both(module: nn.Module = module, forward: Forward = forward) -> None:
+            tokens.grad = None
+            module.zero_grad(set_to_none=True)
+            forward(tokens).backward(probe)
+
+        figures[f"{shape.name}: {name} over experts"] = median_ms(both, rounds, warmup=3, calls=2) / experts_ms
+        del module, forward, both
+        torch.cuda.empty_cache()
+    return figures
+
+
 def main() -> None:
     """Measure, print, and write what --json names."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -126,6 +146,7 @@ def main() -> None:
     shapes = [shape.smaller() for shape in SHAPES] if options.quick else SHAPES
     for shape in shapes:
         figures |= measure(shape, layer, 5 if options.quick else 20)
+        figures |= measure_peers(shape, figures[f"{shape.name}_experts_ms"], 3 if options.quick else 8)
     for name, value in figures.items():
         print(f"{name:35} {value:9.3f}")
     if options.profile is not None:
