@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -90,3 +91,16 @@ def median_ms(call: Callable[[], object], rounds: int, warm_up: int = 2) -> floa
         if round_number >= warm_up:
             times.append(float(slowest))
     return statistics.median(times)
+
+
+def median_host_ms(call: Callable[[], object], rounds: int) -> float:
+    """Milliseconds that this rank's host takes to start the work, from an idle device on, each round begun together."""
+    times = []
+    for _ in range(rounds):
+        dist.barrier()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return statistics.median(times) * 1e3

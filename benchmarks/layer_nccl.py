@@ -3,8 +3,9 @@
     python -m benchmarks.layer_nccl [--ranks 4] [--hosts 2] [--shapes T,H,F,E,K …] [--quick] [--json FILE]
 
 bf16, capacity factor 1.25, GELU experts of two matrices, the same router for all. "without all-to-all" is stock with
-its all-to-alls left out: the bound that no dispatch can beat. Milliseconds of the slowest rank, medians; one variant
-after the other. Where ranks share a card (see benchmarks/_nccl.py) their computing takes turns on it.
+its all-to-alls left out: the bound that no dispatch can beat. Milliseconds of the slowest rank, and those that rank 0's
+host takes to start a step, medians; one variant after the other. Where ranks share a card (see benchmarks/_nccl.py)
+their computing takes turns on it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks._nccl import describe_ranks, forget_deepspeed_groups, launch, median_ms, start
+from benchmarks._nccl import describe_ranks, forget_deepspeed_groups, launch, median_host_ms, median_ms, start
 from benchmarks._stock import without_all_to_all
 
 SHAPES = ["2048,1024,4096,8,2", "4096,2048,1408,64,8"]
@@ -80,7 +81,8 @@ def measure(shape: list[int], variant: str, hosts: int, rounds: int, device: tor
     warm_up = LEARNING.get(str(VARIANTS.get(variant, {}).get("scheduler")), 2)
     with without_all_to_all(active=variant == BOUND):
         time = median_ms(step, rounds, warm_up)
-    figures = {"ms": time, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        host = median_host_ms(step, rounds)
+    figures = {"ms": time, "host_ms": host, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     if session is not None:
         session.recorder.take()
         step()
@@ -122,7 +124,11 @@ def main() -> None:
             if speaks:
                 row, stock = rows[variant], rows[STOCK]["ms"]
                 sent = f"{row['sent_mb']:8.1f} MB of stock's {row['stock_mb']:.1f}" if "sent_mb" in row else ""
-                print(f"{text:22} {variant:40} {row['ms']:9.2f} ms {stock / row['ms']:6.2f}x {sent}", flush=True)
+                print(
+                    f"{text:22} {variant:40} {row['ms']:9.2f} ms {stock / row['ms']:6.2f}x "
+                    f"host {row['host_ms']:6.2f} ms {sent}",
+                    flush=True,
+                )
     if speaks:
         report(found, options)
     dist.destroy_process_group()
