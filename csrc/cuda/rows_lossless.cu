@@ -3,7 +3,7 @@
 //
 // A row that cannot be carried (ask check_lossless before) comes back as NaN and infinities: its codes all become
 // escapes, more than any pool holds.
-#include "row_kernels.cuh"
+#include "row_launch.cuh"
 
 namespace planmoe::cuda {
 namespace {

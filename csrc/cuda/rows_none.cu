@@ -1,5 +1,5 @@
 // none: rows as they are; bf16: rounded to bfloat16. Packing and unpacking move bits; the rest goes through float32.
-#include "row_kernels.cuh"
+#include "row_launch.cuh"
 
 namespace planmoe::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // these names in csrc/compressor; bytes are the same as there.
 #include <cuda_fp8.h>
 
-#include "row_kernels.cuh"
+#include "row_launch.cuh"
 
 namespace planmoe::cuda {
 namespace {
