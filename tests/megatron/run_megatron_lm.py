@@ -80,7 +80,15 @@ def _skip_fused_kernels() -> None:
     fused_kernels.load = lambda _: None
 
 
+def share_cards() -> None:
+    """LOCAL_RANK, which Megatron takes for the card's number, becomes one that exists: NCCL 2.30 lets ranks share."""
+    cards = torch.cuda.device_count()
+    if cards > 0:
+        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % cards)
+
+
 if __name__ == "__main__":
+    share_cards()
     prepare_this_machine()
     from planmoe_ds.megatron import main
 

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Runs over NCCL, on this machine's GPUs, what the tests run over gloo elsewhere, one suite after another:
+#
+#   scripts/nccl_check.sh [OUTPUT_FOLDER] [SUITE...]
+#
+# Suites: faults, parallel (Megatron), engine, deepspeed, scripts (Megatron-LM's pretrain_gpt.py; MEGATRON_LM names a
+# checkout), layer and training (benchmarks). All of them where none is named. Four ranks share the cards where there are
+# fewer: that takes NCCL 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1. Environment: SECONDS_EACH (600), PYTHON (python3).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+output=$(mkdir -p "${1:-output/nccl_check}" && cd "${1:-output/nccl_check}" && pwd)
+shift || true
+suites=("$@")
+[ ${#suites[@]} -gt 0 ] || suites=(faults parallel engine deepspeed scripts layer training)
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
+status=0
+
+# Runs the rest of the arguments in a session of their own, whose processes all end with it.
+suite() {
+    local name=$1 begin=$SECONDS code=0
+    shift
+    printf '==> %s: %s\n' "$name" "$*"
+    setsid timeout --kill-after 10 "${SECONDS_EACH:-600}" "$@" >"$output/$name.log" 2>&1 &
+    local leader=$!
+    wait "$leader" || code=$?
+    pkill -KILL --session "$leader" 2>/dev/null
+    [ "$code" -eq 0 ] || status=1
+    printf '    exit code %s after %s s; the end of %s:\n' "$code" $((SECONDS - begin)) "$output/$name.log"
+    grep -E 'passed|failed|skipped|error|RESULT|^FAILED|^ERROR' "$output/$name.log" | tail -n 20 | sed 's/^/    /'
+}
+
+over_nccl() { suite "$1" "$PYTHON" -m pytest -q --backend nccl "${@:2}"; }
+
+for name in "${suites[@]}"; do
+    case $name in
+        faults) suite "$name" "$PYTHON" -m pytest -q tests/faults/test_on_gpus.py ;;
+        parallel) over_nccl "$name" tests/megatron/test_parity.py ;;
+        engine) over_nccl "$name" tests/engine ;;
+        deepspeed) over_nccl "$name" tests/deepspeed ;;
+        scripts) suite "$name" "$PYTHON" -m pytest -q tests/megatron/test_megatron_lm.py -k gpus ;;
+        layer)
+            for hosts in 1 2; do
+                suite "layer_$hosts" "$PYTHON" -m benchmarks.layer_nccl --hosts "$hosts" --json "$output/layer_$hosts.json"
+            done
+            ;;
+        training)
+            for framework in deepspeed megatron; do
+                suite "training_$framework" "$PYTHON" -m benchmarks.train_nccl --framework "$framework" --hosts 2 \
+                    --batch-size 16 --json "$output/training_$framework.json"
+            done
+            ;;
+        *)
+            echo "error: there is no suite '$name'" >&2
+            exit 2
+            ;;
+    esac
+done
+exit "$status"
