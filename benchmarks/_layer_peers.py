@@ -64,17 +64,16 @@ def _make_planmoe(shape: Shape, device: torch.device) -> tuple[nn.Module, Forwar
 
 
 def _make_megatron(shape: Shape, device: torch.device) -> tuple[nn.Module, Forward]:
-    if importlib.util.find_spec("transformer_engine") is None:
-        sys.path.append(str(ROOT / "examples/gpt_moe"))
-        from megatron_without_engine import do_without_transformer_engine
-
-        do_without_transformer_engine()
+    sys.path.append(str(ROOT / "examples/gpt_moe"))
     from megatron.core import parallel_state
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_without_engine import do_without_transformer_engine
+
+    do_without_transformer_engine()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)

@@ -3,7 +3,7 @@
 Ranks share the GPUs where there are fewer: NCCL must then be 2.30 or newer, with NCCL_MULTI_RANK_GPU_ENABLE=1. What the
 ranks compute takes turns on the card then, or runs side by side where CUDA's Multi-Process Service is on
 (`nvidia-cuda-mps-control -d`). CUDA_DEVICE_MAX_CONNECTIONS is 32 unless set: with few, as with 2, MPS's own default,
-exchanges over the two links queue behind each other. Ranks that share a card share its 64.
+exchanges over the two links queue behind each other. Ranks that share a card share 64: four with 32 each did not start.
 """
 
 from __future__ import annotations

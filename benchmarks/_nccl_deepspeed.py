@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from benchmarks._stock import without_all_to_all
 
 class DeepSpeedTraining:
     """bf16, ZeRO 1; collective."""
+
+    without_all_to_all = staticmethod(without_all_to_all)
 
     def __init__(self, arguments: argparse.Namespace, section: Any, device: torch.device) -> None:
         import deepspeed
@@ -26,35 +27,21 @@ class DeepSpeedTraining:
         groups = split_params_into_different_moe_groups_for_optimizer(
             {"params": list(model.parameters()), "name": "parameters"}
         )
-        if section is not None and arguments.hosts > 1:
-            section = {**section, "ranks_per_node": dist.get_world_size() // arguments.hosts}
         settings = {
             "train_micro_batch_size_per_gpu": arguments.batch_size, "steps_per_print": 10**9,
             "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}}, "planmoe": section or False,
         }  # fmt: skip
-        self.engine: Any = deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
-        self.session = self.engine.planmoe if section is not None else None
-        torch.manual_seed(1 + dist.get_rank())
-        shape = arguments.batch_size, arguments.sequence_length + 1
-        self.tokens = torch.randint(0, 256, shape, device=device)
-        size = dist.get_world_size()
-        self.num_parameters = sum(
-            values.numel() * (1 if getattr(values, "allreduce", True) else size) for values in self.engine.parameters()
-        )
+        self.model: Any = deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]
+        self.session = self.model.planmoe if section is not None else None
 
-    def step(self) -> None:
-        """Forward, backward and the optimizer."""
+    def step(self, tokens: torch.Tensor) -> None:
+        """Forward, backward and the optimizer, on tokens [B, T + 1]."""
         from data import language_loss
 
-        logits, balance_loss = self.engine(self.tokens[:, :-1])
-        self.engine.backward(language_loss(logits, self.tokens[:, 1:]) + 0.01 * balance_loss)
-        self.engine.step()
-
-    @staticmethod
-    def without_all_to_all(*, active: bool) -> AbstractContextManager[None]:
-        """Stock with its all-to-alls left out."""
-        return without_all_to_all(active=active)
+        logits, balance_loss = self.model(tokens[:, :-1])
+        self.model.backward(language_loss(logits, tokens[:, 1:]) + 0.01 * balance_loss)
+        self.model.step()
 
 
 def make_model(arguments: argparse.Namespace, device: torch.device) -> Any:

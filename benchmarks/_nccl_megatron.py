@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,14 +16,15 @@ VOCABULARY = 256
 class MegatronTraining:
     """bf16 with fp32 master weights and Megatron's distributed optimizer; collective."""
 
+    without_all_to_all = staticmethod(without_megatron_all_to_all)
+
     def __init__(self, arguments: argparse.Namespace, section: Any, device: torch.device) -> None:
         prepare_megatron()
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-        )
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer.module import Float16Module
+
+        from planmoe_ds.integrations.megatron import activate
 
         config = make_config(arguments)
         with device:
@@ -34,57 +33,34 @@ class MegatronTraining:
             use_distributed_optimizer=True, overlap_grad_reduce=False, grad_reduce_in_fp32=False
         )
         self.model: Any = DistributedDataParallel(config, settings, Float16Module(config, model.to(device)))
-        self.session = self._activate(section, arguments) if section is not None else None
+        self.session = activate(self.model, section) if section is not None else None
         options = OptimizerConfig(
             optimizer="adam", lr=1e-4, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
         )
         self.optimizer = get_megatron_optimizer(options, [self.model])
-        torch.manual_seed(1 + dist.get_rank())
-        shape = arguments.batch_size, arguments.sequence_length + 1
-        self.tokens = torch.randint(0, VOCABULARY, shape, device=device)
-        self.positions = torch.arange(arguments.sequence_length, device=device).expand(arguments.batch_size, -1)
-        self.num_parameters = self._count_parameters()
 
-    def _activate(self, section: Any, arguments: argparse.Namespace) -> Any:
-        from planmoe_ds.integrations.megatron import activate
-
-        return activate(self.model, {**section, "ranks_per_node": dist.get_world_size() // arguments.hosts})
-
-    def _count_parameters(self) -> int:
-        """Of the whole model: each rank holds other experts."""
-        size = dist.get_world_size()
-        return sum(
-            values.numel() * (1 if getattr(values, "allreduce", True) else size) for values in self.model.parameters()
-        )
-
-    def step(self) -> None:
-        """Forward, backward, the gradients' reduction and the optimizer."""
+    def step(self, tokens: torch.Tensor) -> None:
+        """Forward, backward, the gradients' reduction and the optimizer, on tokens [B, T + 1]."""
         from megatron.core.distributed import finalize_model_grads
 
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self.model(
-            self.tokens[:, :-1].contiguous(), self.positions, None, labels=self.tokens[:, 1:].contiguous()
-        )
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
+        losses = self.model(inputs, positions, None, labels=labels)
         losses.float().mean().backward()
         finalize_model_grads([self.model])
         self.optimizer.step()
 
-    @staticmethod
-    def without_all_to_all(*, active: bool) -> AbstractContextManager[None]:
-        """Stock with its all-to-alls left out."""
-        return without_megatron_all_to_all(active=active)
-
 
 def prepare_megatron() -> None:
     """Groups with all ranks expert-parallel, and what Megatron misses where Transformer Engine is not installed."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        from megatron_without_engine import do_without_transformer_engine
-
-        do_without_transformer_engine()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    from megatron_without_engine import do_without_transformer_engine
+
+    do_without_transformer_engine()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
     model_parallel_cuda_manual_seed(1)
 

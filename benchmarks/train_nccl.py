@@ -62,6 +62,8 @@ def parse_arguments() -> argparse.Namespace:
 def make_training(arguments: argparse.Namespace, device: torch.device) -> Any:
     """The variant's model and optimizer."""
     section = VARIANTS[arguments.variant]
+    if section is not None:
+        section = {**section, "ranks_per_node": dist.get_world_size() // arguments.hosts}
     if arguments.framework == "megatron":
         from benchmarks._nccl_megatron import MegatronTraining
 
@@ -74,25 +76,37 @@ def make_training(arguments: argparse.Namespace, device: torch.device) -> Any:
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """One variant: time, memory, tokens, what a rank sends and what of the exchange is not hidden; collective."""
     training = make_training(arguments, device)
+    torch.manual_seed(1 + dist.get_rank())
+    tokens = torch.randint(0, 256, (arguments.batch_size, arguments.sequence_length + 1), device=device)
+
+    def step() -> None:
+        training.step(tokens)
+
     warm_up = WARM_UP + LEARNING.get((VARIANTS[arguments.variant] or {}).get("scheduler", ""), 0)
     with training.without_all_to_all(active=arguments.variant == BOUND):
-        time = median_ms(training.step, arguments.steps, warm_up)
+        time = median_ms(step, arguments.steps, warm_up)
     figures = {
         "ms": time,
-        "tokens_per_second": dist.get_world_size() * arguments.batch_size * arguments.sequence_length / time * 1e3,
+        "tokens_per_second": dist.get_world_size() * tokens[:, 1:].numel() / time * 1e3,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "parameters": training.num_parameters,
+        "parameters": count_parameters(training.model),
     }
     if training.session is not None:
         training.session.recorder.take()
-        training.step()
+        step()
         torch.cuda.synchronize()
         taken = training.session.recorder.take()
         figures |= {"sent_mb": taken.bytes_sent / 1e6, "stock_mb": taken.stock_bytes / 1e6}
         figures |= {"exposed_ms": taken.exposed_seconds * 1e3}
     if arguments.profile:
-        profile(training.step, arguments.profile)
+        profile(step, arguments.profile)
     return figures
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Of the whole model: each rank holds other experts."""
+    size = dist.get_world_size()
+    return sum(values.numel() * (1 if getattr(values, "allreduce", True) else size) for values in model.parameters())
 
 
 def profile(step: Any, path: str) -> None:

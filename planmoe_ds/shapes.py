@@ -59,7 +59,7 @@ class ModelShape(_Section):
 class ClusterShape(_Section):
     """A cluster that need not exist: rates per GPU inside a node and per node between nodes, each way.
 
-    The links inside a node and the codecs are H100s over NVLink as measured (docs/benchmarks.md).
+    The links inside a node are NVLink between H100s, the codecs an H200's, as measured (docs/benchmarks.md).
     """
 
     num_nodes: _Count = 2

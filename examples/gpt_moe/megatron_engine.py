@@ -6,7 +6,6 @@ Shapes: B batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -114,10 +113,9 @@ def join_ranks(place: ProcessPlace, options: Options) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        if importlib.util.find_spec("transformer_engine") is None:
-            from megatron_without_engine import do_without_transformer_engine
+        from megatron_without_engine import do_without_transformer_engine
 
-            do_without_transformer_engine()
+        do_without_transformer_engine()
     else:
         from megatron_on_cpu import prepare
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 
 
 def do_without_transformer_engine() -> None:
-    """Fill what is missing then: a name that the router reads, and a norm that takes sequence parallelism."""
+    """Where it is not installed, fill in a name that the router reads, and a norm that takes sequence parallelism."""
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return
     from megatron.core.transformer import torch_norm
     from megatron.core.transformer.moe import moe_utils
 

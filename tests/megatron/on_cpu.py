@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -15,5 +14,5 @@ from megatron_without_engine import do_without_transformer_engine
 
 if not torch.cuda.is_available():
     prepare()
-elif importlib.util.find_spec("transformer_engine") is None:
+else:
     do_without_transformer_engine()

@@ -9,7 +9,6 @@ is this repository.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import types
@@ -29,7 +28,7 @@ def prepare_this_machine() -> None:
     """Fill in what Megatron-LM expects and this machine lacks, before it is imported."""
     if not torch.cuda.is_available():
         replace_cuda()
-    elif importlib.util.find_spec("transformer_engine") is None:
+    else:
         from megatron_without_engine import do_without_transformer_engine
 
         do_without_transformer_engine()
