@@ -30,6 +30,7 @@ from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.costs import ClusterCosts
 from planmoe_ds.errors import PlanMoEMismatchError
+from planmoe_ds.job_store import job_number
 from planmoe_ds.probe import run_probe
 from planmoe_ds.threads import batch_threads
 from planmoe_ds.topology import Topology, find_topology
@@ -80,7 +81,8 @@ class ExpertGroup:
 
     ledger: the launches of all groups of this process; number: this group's among them, the same on every rank;
     choice: the all-to-all in use, and why; costs: of the cluster's links, where something is left to be chosen by them;
-    counts_width: int64 numbers that the widest counts of any layer take; watchdog: None in a world of one rank.
+    counts_width: int64 numbers that the widest counts of any layer take; watchdog: None in a world of one rank; job: a
+    number that all ranks of the job have and hardly any other job.
     """
 
     comm: Comm
@@ -91,6 +93,7 @@ class ExpertGroup:
     costs: ClusterCosts | None = None
     counts_width: int = 0
     watchdog: Watchdog | None = None
+    job: int = 0
 
     @property
     def rank(self) -> int:
@@ -240,14 +243,15 @@ def connect(
             nodes = list(topology.subset(ranks).node_of_rank)
             comms[ranks] = make_comm(choices[ranks].name, made[ranks], nodes, device, milliseconds)
     numbers = {ranks: distinct.index(ranks) for ranks in mine}
-    watchdog = None
+    watchdog, job = None, 0
     if dist.get_world_size() > 1:
+        job = job_number()
         members = {number: ranks for ranks, number in numbers.items()}
         watchdog = Watchdog(list(comms.values()), members, config.timeout_seconds)
     connected: dict[tuple[int, ...], ExpertGroup] = {}
     for ranks, comm in comms.items():
         width = _counts_width(comm, loads.get(ranks), _most_chunks(config))
-        connected[ranks] = ExpertGroup(comm, ranks, ledger, numbers[ranks], choices[ranks], costs, width, watchdog)
+        connected[ranks] = ExpertGroup(comm, ranks, ledger, numbers[ranks], choices[ranks], costs, width, watchdog, job)
         weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends
     return {name: connected[tuple(ranks)] for name, ranks in my_groups.items()}
 

@@ -24,10 +24,11 @@ PLAN_PHASE = 0  # of the exchange that carries headers: ranks in different layer
 class Header:
     """What the ranks of a group must have in common for one layer call; every field is one int64.
 
-    call: how many calls of this layer came before; phase: index into _PHASES; dtype: of the
-    tokens; settings: a digest of the config and of planmoe's version.
+    job: a number of the job's own; call: how many calls of this layer came before; phase: index into _PHASES; dtype: of
+    the tokens; settings: a digest of the config and of planmoe's version.
     """
 
+    job: int = 0
     layer: int
     phase: int = 1
     call: int = 0
@@ -76,8 +77,8 @@ def mark() -> int:
 def check_headers(received: Sequence[Sequence[int]], mine: Header, global_ranks: Sequence[int]) -> None:
     """Compare the headers of all ranks of a group; PlanMoEMismatchError says who has what.
 
-    The first field that differs is named: layer and phase come first, because all others follow from them. Over NCCL,
-    which knows no tags, what arrives may be no header at all.
+    The first field that differs is named: job, layer and phase come first, because all others follow from them. Over
+    NCCL, which knows no tags, what arrives may be no header at all.
     """
     elsewhere = [rank for rank, header in zip(global_ranks, received, strict=True) if header[0] != mark()]
     if elsewhere:
@@ -112,12 +113,14 @@ def check_launches(
 
 
 _TITLES = {
+    "job": "the job they belong to",
     "layer": "the layer they are in",
     "phase": "what they do",
     "call": "how often they called the layer",
     "settings": "planmoe's settings or version",
 }
 _ADVICE = {
+    "job": " Give every job a store of its own: another MASTER_PORT, or rendezvous id",
     "layer": " Every rank must call the same layers in the same order",
     "phase": " Every rank must train and evaluate at the same time",
     "call": " A rank skipped the layer, or called it once more",
@@ -130,6 +133,8 @@ def _name(field: str, value: int) -> str:
         return _PHASES[value]
     if field == "dtype" and 0 <= value < len(_DTYPES):
         return str(_DTYPES[value]).removeprefix("torch.")
+    if field == "job":
+        return f"{value:014x}"
     if field == "settings":
         return f"digest {value:014x}"
     return str(value)

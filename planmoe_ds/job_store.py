@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
@@ -14,3 +15,8 @@ def job_store() -> Store:
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"planmoe/attempt {attempt}", _get_default_store())
+
+
+def job_number() -> int:
+    """One that whichever rank asks first chooses at random: positive, of 56 bits, the same on every rank of the job."""
+    return int(job_store().compare_set("number", "", uuid.uuid4().hex[:14]), 16)

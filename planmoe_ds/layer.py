@@ -135,6 +135,7 @@ class ExpertParallelLayer:
     def _header(self, tokens_TH: torch.Tensor, routes: Routes) -> Header:
         self._num_calls += 1
         return Header(
+            job=self.group.job,
             layer=self.index,
             phase=phase_now(),
             call=self._num_calls - 1,

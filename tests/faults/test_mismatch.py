@@ -88,6 +88,12 @@ def another_version(model: Model) -> None:
         model.forward(*batch())
 
 
+def another_job(model: Model) -> None:
+    if dist.get_rank() == ODD:
+        model.layers[0].group.__dict__["job"] ^= 1
+    model.forward(*batch())
+
+
 CASES: dict[Any, list[str]] = {
     skip_a_layer: ["disagree on the layer they are in: rank 0: 0; rank 1: 0; rank 2: 1; rank 3: 0", "same order"],
     swap_layers: ["disagree on the layer they are in: rank 0: 0; rank 1: 0; rank 2: 1; rank 3: 0"],
@@ -98,6 +104,7 @@ CASES: dict[Any, list[str]] = {
     another_dtype: ["disagree on dtype: rank 0: float32; rank 1: float32; rank 2: bfloat16; rank 3: float32"],
     another_hidden_size: [f"disagree on hidden_size: rank 0: {HIDDEN}; rank 1: {HIDDEN}; rank 2: {2 * HIDDEN}"],
     another_config: ["disagree on planmoe's settings or version: rank 0: digest", "Install one planmoe_ds everywhere"],
+    another_job: ["disagree on the job they belong to: rank 0: ", "Give every job a store of its own"],
     another_version: ["disagree on planmoe's settings or version: rank 0: digest"],
 }
 
