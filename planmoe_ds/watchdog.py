@@ -227,9 +227,10 @@ class _Monitor(threading.Thread):
     def _watch_the_clock(self) -> None:
         """Stop a rank that waits while the store does not answer."""
         while self.reason is None and not self._stopping.wait(self._period):
-            if self._place_of_wait().waits and time.monotonic() - self._heard > SILENCE_SECONDS + self._period:
+            place = self._place_of_wait()
+            if place.waits and time.monotonic() - self._heard > SILENCE_SECONDS + self._period:
                 text = (
-                    f"rank {self.rank} {self.position.describe()}; the job's store, where ranks say that they live, "
+                    f"rank {self.rank} {place.describe()}; the job's store, where ranks say that they live, "
                     f"has not answered for {SILENCE_SECONDS:g} s: the link to it is cut, or the process that serves "
                     "it, rank 0 or the launcher, hangs"
                 )
@@ -332,6 +333,13 @@ class _Monitor(threading.Thread):
             self.reason = reason
         steps = "\n".join(f"  {step.what}" for step in self._history)
         print(f"planmoe: rank {self.rank} stops; its last waits, oldest first:\n{steps}", file=sys.stderr, flush=True)
-        for comm in [comm() for comm in self._comms]:
-            if comm is not None:
-                comm.abort(f"planmoe: {reason.text}")
+        comms = [comm for comm in (comm() for comm in self._comms) if comm is not None]
+        # All at once: what one frees on a device can wait for what another one still runs there.
+        aborts = [
+            threading.Thread(target=comm.abort, args=(f"planmoe: {reason.text}",), name="planmoe-abort", daemon=True)
+            for comm in comms
+        ]
+        for abort in aborts:
+            abort.start()
+        for abort in aborts:
+            abort.join()

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <future>
 #include <numeric>
 
 namespace planmoe {
@@ -107,8 +108,12 @@ void AbstractComm::close() {
   options_.groups.clear();
 }
 
+// All at once: NCCL frees memory of the device when it aborts, which waits for what other links still run there.
 void AbstractComm::abort(const std::string& reason) {
-  for (const auto& link : links_) link->abort(reason);
+  std::vector<std::future<void>> aborts;
+  for (const auto& link : links_)
+    aborts.push_back(std::async(std::launch::async, [&link, &reason] { link->abort(reason); }));
+  for (auto& abort : aborts) abort.get();
 }
 
 int AbstractComm::next_tag() {
