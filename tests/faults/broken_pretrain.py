@@ -48,9 +48,20 @@ def nothing(_step: int) -> None:
     pass
 
 
+def prepare_device() -> None:
+    """On GPUs the same bits twice, and ranks share a card where there are fewer."""
+    import torch
+
+    if os.environ["DS_ACCELERATOR"] == "cuda":
+        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def main() -> None:
     """Run the script as it is, its train_step() preceded by the fault."""
     sys.path.insert(0, str(EXAMPLE))
+    prepare_device()
     import pretrain_deepspeed as pretrain  # type: ignore[import-not-found]
     from launch_env import run_on_this_rank  # type: ignore[import-not-found]
 

@@ -1,7 +1,7 @@
 """Breaks a link of the emulated cluster while two layers train: `python on_link.py ACTION [RATE]`, on every rank.
 
 ACTION: cut, slow or none. Every rank prints a line of JSON on stderr: its number, the sums of its gradients, and
-seconds, class and message of the error that it met.
+seconds, class and message of the error that it met. BACKEND: of the process group, gloo unless set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import planmoe_ds.watchdog as watchdog_module
-from tests.faults.layers import Model, batch, seconds_until_error
+from tests.faults.layers import Model, batch, notice, seconds_until_error
 
 BAD_NODE = "1"
 ACTIONS = {
@@ -39,11 +39,12 @@ def train(model: Model, action: str, sums: list[float]) -> None:
         model.forward(tokens, experts).sum().backward()
         assert tokens.grad is not None
         sums.append(float(tokens.grad.sum()))
+    notice(model)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group(os.environ.get("BACKEND", "gloo"))
     with patch.object(watchdog_module, "SILENCE_SECONDS", 5.0):
         model = Model({"comm": "dedup", "timeout_seconds": 10})
         dist.barrier()

@@ -18,10 +18,14 @@ ON_RANK = Path(__file__).with_name("on_link.py")
 TWO_BY_TWO = ClusterSpec.even(2, 2, "100mbit", "1gbit")
 
 
-def run(*words: str) -> tuple[list[dict[str, Any]], float]:
+BACKENDS = pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+
+
+def run(backend: str, *words: str) -> tuple[list[dict[str, Any]], float]:
     """What every rank found, by rank, and the seconds of the whole run."""
     start = time.monotonic()
-    done = run_on_cluster(TWO_BY_TWO, [sys.executable, str(ON_RANK), *words], 90)
+    environment = {"BACKEND": backend}
+    done = run_on_cluster(TWO_BY_TWO, [sys.executable, str(ON_RANK), *words], 90, environment=environment)
     if done.skip_reason is not None:
         pytest.skip(done.skip_reason)
     assert done.returncode == 0, done.stderr
@@ -31,9 +35,10 @@ def run(*words: str) -> tuple[list[dict[str, Any]], float]:
     return found, time.monotonic() - start
 
 
-def test_a_cut_link_ends_every_rank_on_both_sides() -> None:
+@BACKENDS
+def test_a_cut_link_ends_every_rank_on_both_sides(backend: str) -> None:
     """The store is on the first node: the ranks of the second one cannot ask it any more."""
-    found, seconds = run("cut")
+    found, seconds = run(backend, "cut")
     for rank in found:
         assert rank["kind"] == "PlanMoEError", rank
         assert rank["seconds"] < 25, rank
@@ -46,9 +51,10 @@ def test_a_cut_link_ends_every_rank_on_both_sides() -> None:
     assert seconds < 80, "the processes did not end"
 
 
-def test_a_link_at_one_percent_is_slow_and_nothing_else() -> None:
-    found, _ = run("slow", "1mbit")
-    usual, _ = run("none")
+@BACKENDS
+def test_a_link_at_one_percent_is_slow_and_nothing_else(backend: str) -> None:
+    found, _ = run(backend, "slow", "1mbit")
+    usual, _ = run(backend, "none")
     assert all(rank["kind"] == "" for rank in found), found
     assert found[2]["seconds"] > usual[2]["seconds"]
     assert [rank["sums"] for rank in found] == [rank["sums"] for rank in usual]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,44 @@ SECONDS = 240  # on a busy machine; about 15 on a quiet one
 EXACT = '{"exactness": "exact", "chunks": 1}'
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of DeepSpeed: the example's, with a constant learning rate."""
+@dataclass(frozen=True)
+class Example:
+    """The example on two ranks of one kind of device, with a DeepSpeed config of the test's own."""
+
+    device: str
+    config: Path
+
+    def start(
+        self, output: Path, fault: str = "nothing", *launcher: str, more: tuple[str, ...] = ()
+    ) -> subprocess.Popen[str]:
+        """Begin a run."""
+        steps = ("--steps", str(STEPS), "--save-every", str(SAVE_EVERY))
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *launcher),
+            *(str(SCRIPT), *TINY_MODEL, *TINY_RUN, *steps, "--output", str(output)),
+            *("--deepspeed_config", str(self.config), "--planmoe", EXACT, *more),
+        ]
+        environment = {**environment_of_ranks(), "DS_ACCELERATOR": self.device, "FAULT": fault}
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, output: Path, fault: str = "nothing", *launcher: str) -> str:
+        """What a run that succeeds printed."""
+        process = self.start(output, fault, *launcher)
+        printed = finish(process)
+        assert process.returncode == 0, printed
+        return printed
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Example:
+    """With the example's config but a constant learning rate."""
     path = tmp_path_factory.mktemp("config") / "ds_config.json"
     settings = {
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
@@ -35,26 +71,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "steps_per_print": 10**9,
     }
     path.write_text(json.dumps(settings), encoding="utf-8")
-    return path
-
-
-def start(output: Path, config: Path, fault: str, *launcher: str, more: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """The example on two ranks."""
-    steps = ("--steps", str(STEPS), "--save-every", str(SAVE_EVERY))
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *launcher, str(SCRIPT)),
-        *(*TINY_MODEL, *TINY_RUN, *steps, "--output", str(output), "--deepspeed_config", str(config)),
-        *("--planmoe", EXACT, *more),
-    ]
-    environment = {**environment_of_ranks(), "FAULT": fault}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    return Example(request.param, path)
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
@@ -77,14 +94,6 @@ def finish(process: subprocess.Popen[str]) -> str:
     except subprocess.TimeoutExpired:
         kill_all(process)
         pytest.fail(f"still running after {SECONDS} s: {process.communicate()[0]}")
-    return printed
-
-
-def run(output: Path, config: Path, fault: str = "nothing", *launcher: str, more: tuple[str, ...] = ()) -> str:
-    """What a run that succeeds printed."""
-    process = start(output, config, fault, *launcher, more=more)
-    printed = finish(process)
-    assert process.returncode == 0, printed
     return printed
 
 
@@ -120,29 +129,29 @@ def latest(output: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, example: Example) -> Path:
     """The output of a run without a fault."""
     output = tmp_path_factory.mktemp("undisturbed")
-    run(output, config)
+    example.run(output)
     return output
 
 
-def test_an_elastic_restart_ends_with_the_same_parameters(undisturbed: Path, tmp_path: Path, config: Path) -> None:
-    printed = run(tmp_path, config, "die", "--max-restarts=1")
+def test_an_elastic_restart_ends_with_the_same_parameters(undisturbed: Path, tmp_path: Path, example: Example) -> None:
+    printed = example.run(tmp_path, "die", "--max-restarts=1")
     assert "resuming after step 4" in printed
     assert_same(parameters(undisturbed), parameters(tmp_path))
 
 
 def test_a_rank_that_cannot_write_says_so_and_the_last_checkpoint_stays(
-    undisturbed: Path, tmp_path: Path, config: Path
+    undisturbed: Path, tmp_path: Path, example: Example
 ) -> None:
-    process = start(tmp_path, config, "small_files")
+    process = example.start(tmp_path, "small_files")
     printed = finish(process)
     assert process.returncode != 0
     assert f"rank 1 cannot write the checkpoint of step 4 into {tmp_path / 'checkpoints'}" in printed, printed
     assert "the one of step2 is whole, and the same command goes on from it" in printed
     assert latest(tmp_path) == "step2"
-    printed = run(tmp_path, config)
+    printed = example.run(tmp_path)
     assert "resuming after step 2" in printed
     assert_same(parameters(undisturbed), parameters(tmp_path))
     assert not (tmp_path / "checkpoints" / "unfinished").exists()
@@ -150,9 +159,9 @@ def test_a_rank_that_cannot_write_says_so_and_the_last_checkpoint_stays(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_save_that_is_ended_leaves_the_checkpoint_before(
-    undisturbed: Path, tmp_path: Path, config: Path, number: signal.Signals
+    undisturbed: Path, tmp_path: Path, example: Example, number: signal.Signals
 ) -> None:
-    process = start(tmp_path, config, "slow_save")
+    process = example.start(tmp_path, "slow_save")
     assert process.stdout is not None
     for line in process.stdout:
         if "a file is written" in line:
@@ -167,13 +176,13 @@ def test_a_save_that_is_ended_leaves_the_checkpoint_before(
     assert process.returncode != 0
     assert list((tmp_path / "checkpoints" / "unfinished" / "step4").iterdir())
     assert latest(tmp_path) == "step2"
-    printed = run(tmp_path, config)
+    printed = example.run(tmp_path)
     assert "resuming after step 2" in printed
     assert_same(parameters(undisturbed), parameters(tmp_path))
 
 
-def test_another_ep_size_is_refused(undisturbed: Path, config: Path) -> None:
-    process = start(undisturbed, config, "nothing", more=("--ep-size", "1"))
+def test_another_ep_size_is_refused(undisturbed: Path, example: Example) -> None:
+    process = example.start(undisturbed, more=("--ep-size", "1"))
     printed = finish(process)
     assert process.returncode != 0
     assert "holds a checkpoint of another run (ep_size was 2, now 1)" in printed, printed
@@ -194,8 +203,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk(small_disk: Path, config: Path) -> None:
-    process = start(small_disk, config, "nothing")
+def test_a_full_disk(small_disk: Path, example: Example) -> None:
+    process = example.start(small_disk)
     printed = finish(process)
     assert process.returncode != 0
     assert "cannot write the checkpoint of step" in printed, printed
