@@ -3,15 +3,16 @@
 #
 #   scripts/nccl_check.sh [OUTPUT_FOLDER] [SUITE...]
 #
-# Suites: faults, parallel (Megatron), engine, deepspeed, scripts (Megatron-LM's pretrain_gpt.py; MEGATRON_LM names a
-# checkout), layer and training (benchmarks). All of them where none is named. Four ranks share the cards where there are
-# fewer: that takes NCCL 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1. Environment: SECONDS_EACH (600), PYTHON (python3).
+# Suites: faults, recovery (and links, as root), parallel (Megatron), engine, deepspeed, scripts (Megatron-LM's
+# pretrain_gpt.py; MEGATRON_LM names a checkout), layer and training (benchmarks). All of them where none is named. Four
+# ranks share the cards where there are fewer: that takes NCCL 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1.
+# Environment: SECONDS_EACH (600), PYTHON (python3).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 output=$(mkdir -p "${1:-output/nccl_check}" && cd "${1:-output/nccl_check}" && pwd)
 shift || true
 suites=("$@")
-[ ${#suites[@]} -gt 0 ] || suites=(faults parallel engine deepspeed scripts layer training)
+[ ${#suites[@]} -gt 0 ] || suites=(faults recovery parallel engine deepspeed scripts layer training)
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 status=0
@@ -35,6 +36,7 @@ over_nccl() { suite "$1" "$PYTHON" -m pytest -q --backend nccl "${@:2}"; }
 for name in "${suites[@]}"; do
     case $name in
         faults) suite "$name" "$PYTHON" -m pytest -q tests/faults/test_on_gpus.py ;;
+        recovery) suite "$name" "$PYTHON" -m pytest -q -m gpu tests/faults/test_recovery.py tests/faults/test_links.py ;;
         parallel) over_nccl "$name" tests/megatron/test_parity.py ;;
         engine) over_nccl "$name" tests/engine ;;
         deepspeed) over_nccl "$name" tests/deepspeed ;;
