@@ -339,7 +339,8 @@ class _Monitor(threading.Thread):
             threading.Thread(target=comm.abort, args=(f"planmoe: {reason.text}",), name="planmoe-abort", daemon=True)
             for comm in comms
         ]
-        for abort in aborts:
-            abort.start()
-        for abort in aborts:
-            abort.join()
+        with contextlib.suppress(RuntimeError):  # the interpreter is about to end
+            for abort in aborts:
+                abort.start()
+            for abort in aborts:
+                abort.join()
