@@ -16,8 +16,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 ON_RANK = Path(__file__).with_name("on_link.py")
 TWO_BY_TWO = ClusterSpec.even(2, 2, "100mbit", "1gbit")
-
-
 BACKENDS = pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
 
 

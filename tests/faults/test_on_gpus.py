@@ -48,6 +48,10 @@ def test_every_rank_learns_what_differs(gpu_ranks: RankPool, case: Any) -> None:
         assert mixed or all(words in message for words in test_mismatch.CASES[case]), message
 
 
+def test_another_capacity_is_no_fault(gpu_ranks: RankPool) -> None:
+    assert max(gpu_ranks.run(4, test_mismatch.with_another_capacity, TWO_NODES, timeout=120)) < 1e-6
+
+
 def test_a_rank_that_hangs_is_named(gpu_ranks: RankPool) -> None:
     arguments = test_death.in_forward, test_death.hang, {"timeout_seconds": 3, **TWO_NODES}, 60.0
     outcomes = gpu_ranks.run(4, test_death.run_case, *arguments, expect_failure=True, fresh=True, timeout=120)
