@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from planmoe_ds.errors import PlanMoEError  # noqa: F401  for tests
 from planmoe_ds.integrations.megatron import activate
 from tests.engine.support import drop_groups, rank_device
+from tests.megatron.drops import record_drops, replay_drops
 
 VOCABULARY, LENGTH, SEQUENCES, EXPERTS = 64, 12, 2, 8
 DEVICE = rank_device()
@@ -186,8 +188,13 @@ def difference(expected: Values, found: Values, tolerance: float) -> str:
 
 
 def compare(case: Case, sections: Mapping[str, tuple[Mapping[str, Any], float]]) -> dict[str, str]:
-    """Per named section: what differs from Megatron's own all-to-all."""
-    stock = train(case, None)
-    results = {name: difference(stock, train(case, *choice[:1]), choice[1]) for name, choice in sections.items()}
+    """Per named section: what differs from Megatron's own all-to-all; with a tolerance, ties are dropped alike."""
+    kept: list[torch.Tensor] = []
+    with record_drops(kept):
+        stock = train(case, None)
+    results = {}
+    for name, (section, tolerance) in sections.items():
+        with replay_drops(kept) if tolerance else nullcontext():
+            results[name] = difference(stock, train(case, section), tolerance)
     dist.barrier()
     return results
