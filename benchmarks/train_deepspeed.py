@@ -153,6 +153,13 @@ def learning_steps(section: Any) -> int:
     return rounds * (WARM_UP + MEASURED + 1)
 
 
+def tries_stock(section: Any) -> bool:
+    """Whether a variant's layers then time stock's dispatch."""
+    from planmoe_ds.config import parse_config
+
+    return section is not None and parse_config(section).chooses_everything
+
+
 def outside_passes(engine: Any, tokens: Any) -> float:
     """One training step, without the seconds between the begin and the end of its MoE layers' passes."""
     from planmoe_ds.execution import passes
@@ -167,6 +174,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     """Interleave all variants; collective."""
     import torch
 
+    from planmoe_ds.stock_trial import TRIAL_CALLS
+
     variants = chosen_variants(arguments)
     engines = {name: make_engine(arguments, section) for name, section in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -176,6 +185,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     for name, engine in engines.items():
         for _ in range(learning_steps(variants[name])):
             outside[name].append(outside_passes(engine, torch.randint(0, 256, shape)))
+        for _ in range(TRIAL_CALLS if tries_stock(variants[name]) else 0):
+            take_step(engine, torch.randint(0, 256, shape), bound=False)
     for step in range(WARM_UP + (8 if arguments.quick else arguments.steps)):
         tokens = torch.randint(0, 256, shape)
         for name, engine in engines.items():

@@ -1,6 +1,6 @@
 """Times a layer with the framework's own dispatch too, and goes back to it where that is faster.
 
-For layers whose ranks share one node: there fewer bytes and overlap may gain less than planmoe's own work costs.
+Fewer bytes and overlap may gain less than planmoe's own work costs: small layers on fast links wait for the host.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from planmoe_ds.backend import Clock, Stamp
 from planmoe_ds.choose import TIE, in_words
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.planner import MEASURED, WARM_UP
+
+TRIAL_CALLS = MEASURED + WARM_UP + MEASURED + 1  # planmoe's, stock's, and planmoe's in which the ranks decide
 
 Layer = Callable[[torch.Tensor], torch.Tensor]  # hidden states [..., H] -> output [..., H]
 

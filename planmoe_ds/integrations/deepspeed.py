@@ -48,6 +48,7 @@ SHARED_SETTINGS = (  # of DeepSpeed's own: ranks that disagree on them hang with
     "bf16.enabled",
     "fp16.enabled",
 )
+MAX_PADDING = 2.0  # capacity factor up to which stock's dispatch is tried
 
 
 class PlanMoELayer(MOELayer):  # type: ignore[misc]
@@ -198,13 +199,21 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
         layer.planmoe = engine_layer
         layer.tensor_parallel = _split(made.groups, tensor_parallel_size)
         layer.stock_trial = None
-        if config.chooses_everything and engine_layer.group.is_near.all():
+        if config.chooses_everything and _stock_is_bounded(layer):
             trial_log.num_waiting += 1
             report = partial(trial_log.report, index)
             layer.stock_trial = StockTrial(engine_layer.group, engine_layer.planner, report)
     if speaks:
         print(_announcement(layers, made.description), file=sys.stderr, flush=True)
     return made.session()
+
+
+def _stock_is_bounded(layer: MOELayer) -> bool:
+    """Whether stock's buffers, an equal part for every expert, stay near the size of what is routed.
+
+    Without dropping they grow with the busiest expert's rows: what fits during a trial may not fit later.
+    """
+    return bool(layer.gate.drop_tokens) and layer.gate.capacity_factor <= MAX_PADDING
 
 
 def _facts(layer: MOELayer) -> LayerFacts:

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from planmoe_ds.planner import MEASURED, WARM_UP
-from planmoe_ds.stock_trial import StockTrial
+from planmoe_ds.stock_trial import TRIAL_CALLS, StockTrial
 from tests.engine.support import make_layer
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 
-NUM_CALLS = MEASURED + WARM_UP + MEASURED + 3
+NUM_CALLS = TRIAL_CALLS + 2
 TRIED = ["planmoe"] * MEASURED + ["stock"] * (WARM_UP + MEASURED) + ["planmoe"]
 
 
