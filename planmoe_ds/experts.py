@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from planmoe_ds.grouped import GroupedExperts, GroupedGraph
+from planmoe_ds.grouped import GroupedExperts, GroupedGraph, recognise
 from planmoe_ds.plan import ExpertLayout
 
 
@@ -17,10 +17,11 @@ class Experts(ABC):
     """What runs on a chunk's rows.
 
     takes_weights: experts multiply by their routes' weights themselves, which run() then gets; else that is done where
-    outputs are added up.
+    outputs are added up. grouped: the same experts as one grouped GEMM per projection, where they allow it.
     """
 
     takes_weights: bool
+    grouped: GroupedExperts | None = None
 
     @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
@@ -30,10 +31,25 @@ class Experts(ABC):
     def run(self, buffer: torch.Tensor, layout: ExpertLayout, weights: torch.Tensor | None) -> torch.Tensor:
         """Buffer [rows, H] in `layout`, weights [rows] or None -> outputs [rows, H] in the same places."""
 
-    def run_grouped(self, _buffer: torch.Tensor, _layout: ExpertLayout, *, keep: bool) -> GroupedGraph | None:
-        """The same where all experts run as one, without autograd's help; None where run() has to."""
-        del keep
+    def members(self) -> tuple[nn.Module, ...]:
+        """The modules that find_groups() looks at; none where experts cannot be grouped."""
+        return ()
+
+    def find_groups(self) -> GroupedExperts | None:
+        """What `grouped` may be."""
         return None
+
+    def with_groups(self, grouped: GroupedExperts) -> Experts:
+        """The same experts, with what find_groups() found."""
+        return replace(self, grouped=grouped)  # type: ignore[type-var]
+
+    def run_grouped(
+        self, buffer: torch.Tensor, layout: ExpertLayout, weights: torch.Tensor | None, *, keep: bool
+    ) -> GroupedGraph | None:
+        """run() as grouped GEMMs without autograd's help, if the experts, their device and the layout allow it."""
+        if self.grouped is None or layout.ends is None or not self.grouped.can_run(buffer):
+            return None
+        return self.grouped.run(buffer, layout.ends, weights, keep=keep)
 
 
 @dataclass(frozen=True)
@@ -41,8 +57,7 @@ class LocalExperts(Experts):
     """The experts of one layer on this rank.
 
     modules: one per local expert, called with [1, 1, rows, H] and returning the same shape (or a tuple that starts
-    with it). padded: the framework's own runner, [P, L, C, H] -> the same shape. grouped: the same modules as one
-    grouped GEMM per projection, where they allow it.
+    with it). padded: the framework's own runner, [P, L, C, H] -> the same shape.
     """
 
     modules: Sequence[nn.Module]
@@ -59,6 +74,14 @@ class LocalExperts(Experts):
         }  # experts may share parameters
         return [parameter for parameter in found.values() if parameter.requires_grad]
 
+    def members(self) -> tuple[nn.Module, ...]:
+        """See Experts."""
+        return tuple(self.modules)
+
+    def find_groups(self) -> GroupedExperts | None:
+        """See Experts."""
+        return recognise(self.modules)
+
     def run(self, buffer: torch.Tensor, layout: ExpertLayout, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Buffer [rows, H] in `layout` -> the experts' outputs [rows, H] in the same places."""
         assert weights is None
@@ -68,12 +91,6 @@ class LocalExperts(Experts):
         pieces = buffer.split(list(layout.rows_of_expert))
         outputs = [_run_one(module, rows) for module, rows in zip(self.modules, pieces, strict=True)]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-    def run_grouped(self, buffer: torch.Tensor, layout: ExpertLayout, *, keep: bool) -> GroupedGraph | None:
-        """The same as grouped GEMMs, if the experts, their device and the layout allow it."""
-        if self.grouped is None or layout.ends is None or not self.grouped.can_run(buffer):
-            return None
-        return self.grouped.run(buffer, layout.ends, keep=keep)
 
 
 def _run_one(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:

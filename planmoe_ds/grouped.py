@@ -1,7 +1,7 @@
 """Experts that are equal MLPs, run as one grouped GEMM per projection instead of one after the other.
 
-Recognised by tracing, not by name: Linear - activation - Linear, and SwiGLU's (activation(gate) * up) - down. Anything
-else runs as it was written. Every expert keeps its own parameters.
+Recognised by tracing, not by name: Linear - activation - Linear, and SwiGLU's (activation(gate) * up) - down; others
+are told of, see between(). Anything else runs as it was written. Every expert keeps its own parameters.
 
 Shape legend: L experts of this rank, R rows of the experts' buffer, H hidden size, F width of the MLP.
 """
@@ -27,13 +27,17 @@ _ALIGNMENT = 8  # bf16 values: sixteen bytes
 
 @dataclass(frozen=True)
 class GroupedExperts:
-    """L equal MLPs. Names of their Linear modules; gate: of SwiGLU's second one; activation: elementwise."""
+    """L equal MLPs.
+
+    Names of their Linear modules; gated: of SwiGLU's second one; activation: row by row, with the routes' weights as a
+    second argument where run() gets them.
+    """
 
     modules: tuple[nn.Module, ...]
     inner: str
     outer: str
     gated: str | None  # what the activation's output is multiplied with
-    activation: Callable[[torch.Tensor], torch.Tensor]
+    activation: Callable[..., torch.Tensor]
 
     @cached_property
     def names(self) -> list[str]:
@@ -85,24 +89,29 @@ class GroupedExperts:
             for weight in first
         ) and not _is_watched(self.modules[0])
 
-    def run(self, buffer: torch.Tensor, ends: torch.Tensor, *, keep: bool) -> GroupedGraph:
-        """Buffer [R, H], the experts' rows one after the other up to ends [L]; keep: a backward will follow."""
-        ends = ends.to(torch.int32)
-        with torch.no_grad():
-            weights = [self._stacked(name) for name in self.names]
-            leaves = []
-            for name, weight in zip(self.names[:-1], weights, strict=False):
-                values = grouped_mm(buffer, weight.transpose(1, 2), ends)
-                leaves.append(_add_bias(values, self.biases(name), ends))
-        with torch.set_grad_enabled(keep):
-            leaves = [leaf.requires_grad_(keep) for leaf in leaves]
-            hidden = self.activation(leaves[0])
-            hidden = hidden if len(leaves) == 1 else hidden * leaves[1]
-        output = grouped_mm(hidden.detach(), weights[-1].transpose(1, 2), ends)
-        output = _add_bias(output, self.biases(self.names[-1]), ends)
-        return GroupedGraph(self, buffer, ends, leaves, hidden, weights, output)
+    def run(
+        self, buffer: torch.Tensor, ends: torch.Tensor, route_weights: torch.Tensor | None = None, *, keep: bool
+    ) -> GroupedGraph:
+        """Buffer [R, H], the experts' rows one after the other up to ends [L]; keep: a backward will follow.
 
-    def _stacked(self, name: str) -> torch.Tensor:
+        route_weights: [R], where the experts multiply by them.
+        """
+        ends = ends.to(torch.int32)
+        leaves = [self._project(name, buffer, ends) for name in self.names[:-1]]
+        scales = [] if route_weights is None else [route_weights.detach()]
+        with torch.set_grad_enabled(keep):
+            for leaf in (*leaves, *scales):
+                leaf.requires_grad_(keep)
+            hidden = self.activation(leaves[0], *scales)
+            hidden = hidden if len(leaves) == 1 else hidden * leaves[1]
+        output = self._project(self.names[-1], hidden.detach(), ends)
+        return GroupedGraph(self, buffer, ends, leaves, scales, hidden, output)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
+    def _project(self, name: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return _add_bias(grouped_mm(rows, self.stacked(name).transpose(1, 2), ends), self.biases(name), ends)
+
+    def stacked(self, name: str) -> torch.Tensor:
         """The weights of a projection, [L, ...], looked up again where they have moved."""
         weights = self.weights(name)
         places = [weight.data_ptr() for weight in weights]
@@ -122,34 +131,41 @@ class GroupedExperts:
 class GroupedGraph:
     """One run, and its backward in two parts: what gradients.ExpertGraph is for experts that autograd runs back.
 
-    leaves: what the activation, and the gate, saw; hidden: with the graph from them; weights: one per projection.
+    leaves: what the activation, and the gate, saw; scales: the routes' weights, if the experts take them; hidden: with
+    the graph from these. The experts' weights are looked up again in backward: copies of what lies apart would take
+    their space until then.
     """
 
     experts: GroupedExperts
     buffer: torch.Tensor
     ends: torch.Tensor
     leaves: list[torch.Tensor]
+    scales: list[torch.Tensor]
     hidden: torch.Tensor
-    weights: list[torch.Tensor]
     output: torch.Tensor
     waiting: list[torch.Tensor] | None = None  # gradients of the leaves, then of the output
 
     def input_gradient(
         self, grad: torch.Tensor, parameters: Sequence[torch.Tensor], totals: Totals, *, split: bool, keep: bool
-    ) -> tuple[torch.Tensor, None]:
-        """The buffer's gradient; adds the parameters' to `totals` unless `split`. keep: another backward follows."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gradients of the buffer and of the routes' weights; adds the parameters' to `totals` unless `split`.
+
+        keep: another backward follows.
+        """
         grad = grad.to(self.output.dtype).contiguous()
-        grad_hidden = grouped_mm(grad, self.weights[-1], self.ends)
-        grad_leaves = list(torch.autograd.grad(self.hidden, self.leaves, grad_hidden, retain_graph=keep))
+        *inputs, last = self.experts.names
+        grad_hidden = grouped_mm(grad, self.experts.stacked(last), self.ends)
+        found = torch.autograd.grad(self.hidden, [*self.leaves, *self.scales], grad_hidden, retain_graph=keep)
+        grad_leaves, grad_scales = found[: len(self.leaves)], found[len(self.leaves) :]
         total = None
-        for weight, grad_leaf in zip(self.weights, grad_leaves, strict=False):
-            part = grouped_mm(grad_leaf, weight, self.ends)
+        for name, grad_leaf in zip(inputs, grad_leaves, strict=True):
+            part = grouped_mm(grad_leaf, self.experts.stacked(name), self.ends)
             total = part if total is None else total.add_(part)
         assert total is not None
         self.waiting = [*grad_leaves, grad]
         if not split:
             self.weight_gradients(parameters, totals, keep=keep)
-        return total, None
+        return total, grad_scales[0] if grad_scales else None
 
     def weight_gradients(self, _parameters: Sequence[torch.Tensor], totals: Totals, *, keep: bool) -> None:
         """Add what input_gradient() left for later, in the order of GroupedExperts.parameters."""
@@ -170,19 +186,52 @@ class GroupedGraph:
 
 def recognise(modules: Sequence[nn.Module]) -> GroupedExperts | None:
     """The experts as grouped ones, or None where they are not equal MLPs."""
+    return _match(modules) if _are_alike(modules) else None
+
+
+def between(modules: Sequence[nn.Module], inner: str, outer: str) -> GroupedExperts | None:
+    """The same for MLPs that are no more than a first and a last projection of these names, and what lies between.
+
+    Projections multiply by `weight` [out, in] and return (values, None); what lies between is the module's forward
+    without them. None where modules differ or have other parameters, biases among them.
+    """
+    if not _are_alike(modules) or {name for name, _ in modules[0].named_parameters()} != {
+        f"{inner}.weight",
+        f"{outer}.weight",
+    }:
+        return None
+    shell = modules[0].__class__.__new__(modules[0].__class__)
+    parts = {**modules[0]._modules, inner: _Through(), outer: _Through()}
+    shell.__dict__ = {**modules[0].__dict__, "_modules": parts}
+
+    def activation(values: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = shell(values, *scales)[0]
+        return hidden
+
+    return GroupedExperts(tuple(modules), inner, outer, None, activation)
+
+
+class _Through(nn.Module):
+    """In a projection's place: nothing is multiplied."""
+
+    def forward(self, values: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return values, None
+
+
+def _are_alike(modules: Sequence[nn.Module]) -> bool:
+    """Whether the modules differ in the values of their parameters only, which all of them train, and are unwatched."""
     first = modules[0]
     described = repr(first)
     if any(type(module) is not type(first) or repr(module) != described for module in modules):
-        return None
+        return False
     if any(_is_watched(module) for module in modules):
-        return None
+        return False
     if not all(parameter.requires_grad for module in modules for parameter in module.parameters()):
-        return None
+        return False
     distinct = {id(parameter) for module in modules for parameter in module.parameters()}
     if len(distinct) != sum(1 for module in modules for _ in module.parameters()):
-        return None  # shared parameters
-    shapes = {tuple(parameter.shape for parameter in module.parameters()) for module in modules}
-    return _match(modules) if len(shapes) == 1 else None
+        return False  # shared parameters
+    return len({tuple(parameter.shape for parameter in module.parameters()) for module in modules}) == 1
 
 
 def _match(modules: Sequence[nn.Module]) -> GroupedExperts | None:

@@ -5,7 +5,7 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank (
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.counts import Talk
 from planmoe_ds.errors import PlanMoEError
-from planmoe_ds.experts import Experts, LocalExperts
+from planmoe_ds.experts import Experts
 from planmoe_ds.group import ExpertGroup
-from planmoe_ds.grouped import GroupedExperts, recognise
+from planmoe_ds.grouped import GroupedExperts
 from planmoe_ds.guard import Meter, QualityGuard
 from planmoe_ds.headers import PLAN_PHASE, Header, digest, dtype_code, phase_now
 from planmoe_ds.pipeline import LayerCall, run_experts
@@ -125,12 +125,10 @@ class ExpertParallelLayer:
         """The experts with what is known of running them together, looked up once; exact results do without."""
         if device.type == "cpu" or self.config.resolved_exactness is Exactness.EXACT:
             return experts
-        if not isinstance(experts, LocalExperts) or experts.takes_weights:
-            return experts
-        modules = tuple(experts.modules)
+        modules = experts.members()
         if modules != self._modules:
-            self._modules, self._grouped = modules, recognise(modules)
-        return replace(experts, grouped=self._grouped)
+            self._modules, self._grouped = modules, experts.find_groups() if modules else None
+        return experts if self._grouped is None else experts.with_groups(self._grouped)
 
     def _header(self, tokens_TH: torch.Tensor, routes: Routes) -> Header:
         self._num_calls += 1

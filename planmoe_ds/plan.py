@@ -38,6 +38,20 @@ class Routes:
     capacity: int | None
 
 
+def find_routes(routing_map: torch.Tensor, probs: torch.Tensor, top_k: int) -> Routes:
+    """The router's decision as a mask [T, E] and probs [T, E] -> routes [K, T], experts in ascending order.
+
+    Megatron adds a token's outputs in the order of the experts, and keeps tokens in order before an expert.
+    """
+    num_tokens, num_experts = routing_map.shape
+    from_last = torch.arange(num_experts, 0, -1, device=routing_map.device)
+    found = torch.where(routing_map, from_last, 0).topk(min(top_k, num_experts), dim=1).values
+    expert_TK = torch.where(found > 0, num_experts - found, NO_ROUTE)
+    weight_TK = probs.gather(1, expert_TK.clamp(min=0))
+    slot_KT = torch.arange(num_tokens, device=routing_map.device).expand(expert_TK.shape[1], -1)
+    return Routes(expert_TK.t(), slot_KT, weight_TK.t(), num_experts, None)
+
+
 @dataclass(frozen=True)
 class ExpertLayout:
     """How a chunk's rows lie in the experts' input buffer.

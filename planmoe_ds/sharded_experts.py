@@ -46,6 +46,13 @@ def forward_sharded(
     return add_up(sums_NH, order.token_N, tokens_TH.shape[0])
 
 
+def place_of_source(num_holders: int, num_shards: int) -> tuple[int, ...] | None:
+    """The order of ranks in which an expert's rows lie where they are gathered over the shards last, as in Megatron."""
+    if num_shards == 1:
+        return None
+    return tuple(rank % num_shards * num_holders + rank // num_shards for rank in range(num_holders * num_shards))
+
+
 def _to_shards(routes: Routes, num_holders: int, num_shards: int) -> Routes:
     """Routes [K, T] to E experts -> [K * S, T] to E * S shards, numbered as the ranks that hold them."""
     per_rank = routes.num_experts // num_holders

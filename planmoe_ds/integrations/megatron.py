@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -28,24 +31,38 @@ from planmoe_ds.agreement import check_agreement
 from planmoe_ds.config import Exactness, PlanMoEConfig, parse_config
 from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError
 from planmoe_ds.experts import Experts
+from planmoe_ds.grouped import GroupedExperts, between
 from planmoe_ds.integrations.activation import LayerFacts, device_of, make_engine_layers, report_failure, settings_of
 from planmoe_ds.integrations.megatron_limits import check_supported
 from planmoe_ds.layer import ExpertParallelLayer
-from planmoe_ds.plan import NO_ROUTE, ExpertLayout, Routes
+from planmoe_ds.plan import ExpertLayout, Routes, find_routes
 from planmoe_ds.session import Session
-from planmoe_ds.sharded_experts import forward_sharded
+from planmoe_ds.sharded_experts import forward_sharded, place_of_source
 
 
 @dataclass(frozen=True)
 class MegatronExperts(Experts):
     """Megatron's experts of one rank, whichever class; they multiply by the routes' weights themselves."""
 
-    module: nn.Module
+    module: Any
     takes_weights: bool = True
+    grouped: GroupedExperts | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable ones."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        found = self.module.parameters() if self.grouped is None else self.grouped.parameters
+        return [parameter for parameter in found if parameter.requires_grad]
+
+    def members(self) -> tuple[nn.Module, ...]:
+        """SequentialMLP's experts, whose projections do nothing but multiply: what is exchanged is the dispatcher's."""
+        is_known = type(self.module) is SequentialMLP and not self.module.config.moe_apply_probs_on_input
+        experts = tuple(self.module.local_experts) if is_known else ()
+        kinds = {(type(expert), type(expert.linear_fc1), type(expert.linear_fc2)) for expert in experts}
+        return experts if kinds == {(MLP, ColumnParallelLinear, RowParallelLinear)} else ()
+
+    def find_groups(self) -> GroupedExperts | None:
+        """See Experts."""
+        return between(self.members(), "linear_fc1", "linear_fc2")
 
     def run(self, buffer: torch.Tensor, layout: ExpertLayout, weights: torch.Tensor | None) -> torch.Tensor:
         """Buffer [rows, H] in `layout` and weights [rows] -> outputs [rows, H] in the same places."""
@@ -250,26 +267,5 @@ def _facts(layer: MoELayer) -> LayerFacts:
     return LayerFacts(
         group=str(ranks), ranks=ranks, hidden_size=config.hidden_size, dtype=next(layer.experts.parameters()).dtype,
         top_k=config.moe_router_topk * dispatcher.tp_size, num_experts=config.num_moe_experts * dispatcher.tp_size,
-        once_per_rank=False, place_of_source=_place_of_source(dispatcher.ep_size, dispatcher.tp_size),
+        once_per_rank=False, place_of_source=place_of_source(dispatcher.ep_size, dispatcher.tp_size),
     )  # fmt: skip
-
-
-def _place_of_source(num_holders: int, num_shards: int) -> tuple[int, ...] | None:
-    """Megatron gathers over tensor-parallel ranks last: an expert's rows come shard by shard, not rank by rank."""
-    if num_shards == 1:
-        return None
-    return tuple(rank % num_shards * num_holders + rank // num_shards for rank in range(num_holders * num_shards))
-
-
-def find_routes(routing_map: torch.Tensor, probs: torch.Tensor, top_k: int) -> Routes:
-    """The router's decision as a mask [T, E] and probs [T, E] -> routes [K, T], experts in ascending order.
-
-    Megatron adds a token's outputs in the order of the experts, and keeps tokens in order before an expert.
-    """
-    num_tokens, num_experts = routing_map.shape
-    from_last = torch.arange(num_experts, 0, -1, device=routing_map.device)
-    found = torch.where(routing_map, from_last, 0).topk(min(top_k, num_experts), dim=1).values
-    expert_TK = torch.where(found > 0, num_experts - found, NO_ROUTE)
-    weight_TK = probs.gather(1, expert_TK.clamp(min=0))
-    slot_KT = torch.arange(num_tokens, device=routing_map.device).expand(expert_TK.shape[1], -1)
-    return Routes(expert_TK.t(), slot_KT, weight_TK.t(), num_experts, None)

@@ -58,10 +58,10 @@ class ForwardPass(Pass):
     def _run_experts(self, index: int, buffer: torch.Tensor) -> ExpertGraph | GroupedGraph:
         """With a graph if a backward will follow, from `buffer` and the routes' weights on."""
         call, layout = self.call, self.call.plan.chunks[index].layout
-        grouped = call.experts.run_grouped(buffer, layout, keep=call.keep_graph)
+        weights = self.route_weights.pop(index, None)
+        grouped = call.experts.run_grouped(buffer, layout, weights, keep=call.keep_graph)
         if grouped is not None:
             return grouped
-        weights = self.route_weights.pop(index, None)
         leaves = (buffer,) if weights is None else (buffer, weights)
         if not call.keep_graph:
             return ExpertGraph(leaves, call.experts.run(buffer, layout, weights))

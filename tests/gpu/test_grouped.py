@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from planmoe_ds.grouped import GroupedExperts, recognise, share_storage
+from planmoe_ds.grouped import GroupedExperts, between, recognise, share_storage
 
 
 class SwiGlu(nn.Module):
@@ -21,6 +21,24 @@ class SwiGlu(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.down(functional.silu(self.gate(tokens)) * self.up(tokens))
+
+
+class Projection(nn.Linear):
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return super().forward(tokens), None
+
+
+class Weighted(nn.Module):
+    """An expert that multiplies by its routes' weights, as Megatron's do."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = Projection(64, 192, bias), Projection(96, 64, bias)
+
+    def forward(self, tokens: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gate, up = self.first(tokens)[0].chunk(2, dim=-1)
+        hidden = (functional.silu(gate) * up * weights.unsqueeze(-1)).to(tokens.dtype)
+        return self.last(hidden)
 
 
 class Scaled(nn.Module):
@@ -97,6 +115,56 @@ def test_on_the_cpu(kind: str, shared: bool) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_on_the_gpu(kind: str, shared: bool) -> None:
     check(kind, "cuda", torch.bfloat16, 2e-2, shared)
+
+
+def check_weighted(device: str, dtype: torch.dtype, rounding: float, shared: bool) -> None:
+    torch.manual_seed(0)
+    modules = [Weighted().to(device, dtype) for _ in COUNTS]
+    if shared:
+        flat = torch.stack([module.first.weight.detach() for module in modules])
+        for module, values in zip(modules, flat, strict=True):
+            module.first.weight.data = values
+    grouped = between(modules, "first", "last")
+    assert grouped is not None
+    rows = torch.randn(sum(COUNTS), 64, device=device, dtype=dtype)
+    scales = torch.rand(sum(COUNTS), device=device)
+    graph = grouped.run(rows, torch.tensor(COUNTS, device=device).cumsum(0), scales, keep=True)
+    probe = probe_of(graph.output)
+    totals: list[torch.Tensor | None] = [None] * len(grouped.parameters)
+    found = [graph.output, *graph.input_gradient(probe, grouped.parameters, totals, split=True, keep=False)]
+    graph.weight_gradients(grouped.parameters, totals, keep=False)
+
+    doubles = [copy.deepcopy(module).double() for module in modules]
+    leaves = rows.double().requires_grad_(), scales.double().requires_grad_()
+    parts = zip(doubles, *(leaf.split(COUNTS) for leaf in leaves), strict=True)
+    expected = torch.cat([module(*given)[0] for module, *given in parts])
+    weights = [getattr(module, name).weight for name in ("first", "last") for module in doubles]
+    wanted = torch.autograd.grad(expected, [*leaves, *weights], probe.double())
+    for mine, theirs in zip([*found, *totals], [expected, *wanted], strict=True):
+        assert mine is not None
+        assert mine.shape == theirs.shape
+        assert (mine.double() - theirs).norm() <= rounding * theirs.norm() + 1e-12
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_experts_that_take_weights(shared: bool) -> None:
+    check_weighted("cpu", torch.float32, 1e-5, shared)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True])
+def test_experts_that_take_weights_on_the_gpu(shared: bool) -> None:
+    check_weighted("cuda", torch.bfloat16, 2e-2, shared)
+
+
+def test_no_groups_between_projections_of_other_experts() -> None:
+    assert between([Weighted(bias=True) for _ in COUNTS], "first", "last") is None
+    frozen = [Weighted(), Weighted()]
+    frozen[1].last.weight.requires_grad_(False)
+    assert between(frozen, "first", "last") is None
+    more = Weighted()
+    more.scale = nn.Parameter(torch.ones(1))
+    assert between([more], "first", "last") is None
 
 
 def test_data_and_weight_gradients_apart() -> None:
