@@ -107,9 +107,10 @@ class GroupedExperts:
         output = self._project(self.names[-1], hidden.detach(), ends)
         return GroupedGraph(self, buffer, ends, leaves, scales, hidden, output)
 
-    @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
     def _project(self, name: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        return _add_bias(grouped_mm(rows, self.stacked(name).transpose(1, 2), ends), self.biases(name), ends)
+        with torch.no_grad():
+            values = grouped_mm(rows, self.stacked(name).transpose(1, 2), ends)
+            return _add_bias(values, self.biases(name), ends)
 
     def stacked(self, name: str) -> torch.Tensor:
         """The weights of a projection, [L, ...], looked up again where they have moved."""
@@ -195,14 +196,12 @@ def between(modules: Sequence[nn.Module], inner: str, outer: str) -> GroupedExpe
     Projections multiply by `weight` [out, in] and return (values, None); what lies between is the module's forward
     without them. None where modules differ or have other parameters, biases among them.
     """
-    if not _are_alike(modules) or {name for name, _ in modules[0].named_parameters()} != {
-        f"{inner}.weight",
-        f"{outer}.weight",
-    }:
+    names = {name for name, _ in modules[0].named_parameters()}
+    if names != {f"{inner}.weight", f"{outer}.weight"} or not _are_alike(modules):
         return None
-    shell = modules[0].__class__.__new__(modules[0].__class__)
-    parts = {**modules[0]._modules, inner: _Through(), outer: _Through()}
-    shell.__dict__ = {**modules[0].__dict__, "_modules": parts}
+    first, kind = modules[0], type(modules[0])
+    shell = kind.__new__(kind)  # shares everything but the projections with the first module
+    shell.__dict__ = {**first.__dict__, "_modules": {**first._modules, inner: _Through(), outer: _Through()}}
 
     def activation(values: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = shell(values, *scales)[0]
