@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from planmoe_ds.grouped import GroupedExperts, GroupedGraph, recognise
+from planmoe_ds.equal_experts import recognise
+from planmoe_ds.grouped import GroupedExperts, GroupedGraph
 from planmoe_ds.plan import ExpertLayout
 
 

@@ -27,10 +27,10 @@ from planmoe_ds import __version__
 from planmoe_ds.agreement import check_agreement
 from planmoe_ds.auto_planner import ChoiceLog
 from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
+from planmoe_ds.equal_experts import share_storage
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.group import ExpertGroup
-from planmoe_ds.grouped import share_storage
 from planmoe_ds.integrations.activation import LayerFacts, device_of, make_engine_layers, report_failure, settings_of
 from planmoe_ds.integrations.deepspeed_checkpoints import watch_checkpoints
 from planmoe_ds.layer import ExpertParallelLayer, combine

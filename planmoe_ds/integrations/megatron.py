@@ -29,9 +29,10 @@ from torch import nn
 
 from planmoe_ds.agreement import check_agreement
 from planmoe_ds.config import Exactness, PlanMoEConfig, parse_config
+from planmoe_ds.equal_experts import between
 from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError
 from planmoe_ds.experts import Experts
-from planmoe_ds.grouped import GroupedExperts, between
+from planmoe_ds.grouped import GroupedExperts
 from planmoe_ds.integrations.activation import LayerFacts, device_of, make_engine_layers, report_failure, settings_of
 from planmoe_ds.integrations.megatron_limits import check_supported
 from planmoe_ds.layer import ExpertParallelLayer

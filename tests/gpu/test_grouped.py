@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from planmoe_ds.grouped import GroupedExperts, between, recognise, share_storage
+from planmoe_ds.equal_experts import between, recognise, share_storage
+from planmoe_ds.grouped import GroupedExperts
 
 
 class SwiGlu(nn.Module):
