@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,6 +36,25 @@ def launch(num_ranks: int, *arguments: str) -> int:
     ranks = f"--nproc_per_node={num_ranks}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *sys.argv, *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+@contextmanager
+def limited_link(hosts: int, gbit: float | None) -> Iterator[None]:
+    """Inside, each emulated host sends at most so many gigabits a second to the others; as root, with tc.
+
+    The ranks' traffic between hosts goes through the loopback device, and nothing else of size does.
+    """
+    if gbit is None:
+        yield
+        return
+    if os.geteuid() != 0 or shutil.which("tc") is None:
+        sys.exit("--gbit limits the loopback device: that takes root, and tc of the package iproute2")
+    shaper = ["tbf", "rate", f"{hosts * gbit:g}gbit", "burst", "1mb", "limit", "64mb"]
+    subprocess.run(["tc", "qdisc", "add", "dev", "lo", "root", *shaper], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["tc", "qdisc", "del", "dev", "lo", "root"], check=False)
 
 
 def start(hosts: int) -> torch.device:

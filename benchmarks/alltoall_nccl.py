@@ -21,7 +21,7 @@ from benchmarks._nccl import launch, median_ms, start
 
 KIB = (64, 1024, 16384, 262144)  # sent by each rank
 WIDTH = 1024  # bytes per row
-NAMES = ("direct", "hierarchical", "pipe")
+NAMES = ("direct", "hierarchical", "pipe", "dedup")
 
 
 def split(rows: int, size: int, skewed: bool) -> list[int]:

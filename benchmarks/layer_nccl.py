@@ -1,6 +1,6 @@
 """A MoE layer of DeepSpeed over NCCL, forward and backward: stock against planmoe.
 
-    python -m benchmarks.layer_nccl [--ranks 4] [--hosts 2] [--shapes T,H,F,E,K …] [--quick] [--json FILE]
+    python -m benchmarks.layer_nccl [--ranks 4] [--hosts 2] [--gbit 10] [--shapes T,H,F,E,K …] [--quick] [--json FILE]
 
 bf16, capacity factor 1.25, GELU experts of two matrices, the same router for all. "without all-to-all" is stock with
 its all-to-alls left out: the bound that no dispatch can beat. Milliseconds of the slowest rank, and those that rank 0's
@@ -21,7 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks._nccl import describe_ranks, forget_deepspeed_groups, launch, median_host_ms, median_ms, start
+from benchmarks._nccl import (
+    describe_ranks,
+    forget_deepspeed_groups,
+    launch,
+    limited_link,
+    median_host_ms,
+    median_ms,
+    start,
+)
 from benchmarks._stock import without_all_to_all
 
 SHAPES = ["2048,1024,4096,8,2", "4096,2048,1408,64,8"]
@@ -96,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--hosts", type=int, default=1, help="emulated hosts; TCP sockets between them")
+    parser.add_argument("--gbit", type=float, help="limit what a host sends to the others, per second (root, tc)")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens per rank, hidden, width, experts, top-k")
     parser.add_argument("--only", default="", help="variants whose names hold one of these words, between slashes")
     parser.add_argument("--rounds", type=int, default=5)
@@ -103,7 +112,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if "RANK" not in os.environ:
-        sys.exit(launch(options.ranks))
+        with limited_link(options.hosts, options.gbit):
+            sys.exit(launch(options.ranks))
     device = start(options.hosts)
     import deepspeed
 
@@ -113,7 +123,8 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
     speaks = dist.get_rank() == 0
     if speaks:
-        print(describe_ranks(options.hosts))
+        link = "" if options.gbit is None else f", {options.gbit:g} Gbit/s out of each host"
+        print(describe_ranks(options.hosts) + link)
     for text in shapes:
         shape = [int(number) for number in text.split(",")]
         rows = found[text] = {}

@@ -143,23 +143,29 @@ def main() -> None:
         be_a_rank(arguments)
         return
     rows: dict[str, dict[str, Any]] = {}
+    failed: list[str] = []
     variants = chosen_variants(arguments)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.json"
         for variant in variants:
             more = ["--variant", variant, "--row", str(path)]
             if launch(arguments.ranks, *more, *(["--profile", ""] if variant != variants[-1] else [])):
-                sys.exit(f"{variant} failed")
+                print(f"{variant:40} failed", flush=True)
+                failed.append(variant)
+                continue
             row = rows[variant] = json.loads(path.read_text())
             if variant == STOCK:
                 print(row["ranks"])
             sent = f"{row['sent_mb']:8.1f} MB of stock's {row['stock_mb']:.1f}" if "sent_mb" in row else ""
             print(
-                f"{variant:40} {row['ms']:9.1f} ms {rows[STOCK]['ms'] / row['ms']:6.2f}x "
+                f"{variant:40} {row['ms']:9.1f} ms {rows.get(STOCK, row)['ms'] / row['ms']:6.2f}x "
                 f"{row['tokens_per_second']:9.0f} tokens/s {row['peak_gib']:6.1f} GiB {sent}",
                 flush=True,
             )
-    report(rows, arguments)
+    if STOCK in rows and BOUND in rows:
+        report(rows, arguments)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def report(rows: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:

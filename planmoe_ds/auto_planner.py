@@ -133,7 +133,7 @@ class AutoPlanner:
         forward, backward = self._current.costs
         if forward is None:
             return
-        self._learnt[self.num_chunks] = LayerCosts(forward, backward)
+        self._learnt[self.num_chunks] = LayerCosts(forward, backward, self._current.host_seconds)
         if len(self._learnt) < len(self._trials):
             self._current = self._try(self._trials[len(self._learnt)])
             return

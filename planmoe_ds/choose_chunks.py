@@ -21,10 +21,14 @@ _SOLVER_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Seconds of every chunk's tasks in both passes; no backward where none was timed."""
+    """Seconds of every chunk's tasks in both passes; no backward where none was timed.
+
+    host: seconds that an accelerator's host takes to start all tasks of both passes, which no order hides.
+    """
 
     forward: Sequence[ChunkCosts]
     backward: Sequence[ChunkCosts] | None
+    host: float = 0.0
 
     def passes(self) -> list[Sequence[ChunkCosts]]:
         """Those that there are."""
@@ -59,7 +63,7 @@ def choose_schedule(
         costs = costs_at(trials, num_chunks)
         for name in _orders(num_chunks) if scheduler is None else (scheduler,):
             passes = [schedule_pass(chunks, name, max_in_flight) for chunks in costs.passes()]
-            seconds[num_chunks, name] = sum(schedule.makespan for schedule in passes)
+            seconds[num_chunks, name] = max(costs.host, sum(schedule.makespan for schedule in passes))
     limit = min(seconds.values()) * (1 + TIE)
     chosen = next(option for option, predicted in seconds.items() if predicted <= limit)
     return ScheduleChoice(*chosen, _why(chosen, seconds), seconds)
@@ -88,9 +92,10 @@ def costs_at(trials: Mapping[int, LayerCosts], num_chunks: int) -> LayerCosts:
         return [at] * num_chunks
 
     less, more = trials[few], trials[many]
+    host = num_chunks * _divide((less.host / few, more.host / many), (few, many), num_chunks)
     if less.backward is None or more.backward is None:
-        return LayerCosts(chunks_of(less.forward, more.forward), None)
-    return LayerCosts(chunks_of(less.forward, more.forward), chunks_of(less.backward, more.backward))
+        return LayerCosts(chunks_of(less.forward, more.forward), None, host)
+    return LayerCosts(chunks_of(less.forward, more.forward), chunks_of(less.backward, more.backward), host)
 
 
 def _divide(values: Sequence[float], at: tuple[int, int], num_chunks: int) -> float:

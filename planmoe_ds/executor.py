@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,11 +71,15 @@ def link_use(group: ExpertGroup) -> LinkUse:
 
 
 class Measurement:
-    """Times of one call's tasks: taken as they run, read later, when the device has finished them."""
+    """Times of one call's tasks: taken as they run, read later, when the device has finished them.
+
+    host_seconds: what the host took for the passes; where an accelerator computes, only to start the tasks.
+    """
 
     def __init__(self, clock: Clock, use: LinkUse) -> None:
         self._clock = clock
         self._use = use
+        self.host_seconds = 0.0
         self._spans: list[tuple[Phase, Kind, int, Stamp, Stamp]] = []
         self._exchanges: list[tuple[Phase, Kind, int, Exchange]] = []
 
@@ -198,6 +203,7 @@ class Steps:
 
 def run_tasks(order: Order, steps: Steps, phase: Phase, measurement: Measurement | None) -> None:
     """Run every task; those that compute are timed, without their waits, where a measurement is under way."""
+    begin = time.perf_counter()
     for task in order.tasks:
         if task.kind in steps.wait:
             steps.wait[task.kind](task.chunk)
@@ -206,3 +212,5 @@ def run_tasks(order: Order, steps: Steps, phase: Phase, measurement: Measurement
         else:
             with measurement.span(phase, task.kind, task.chunk):
                 steps.run[task.kind](task.chunk)
+    if measurement is not None:
+        measurement.host_seconds += time.perf_counter() - begin

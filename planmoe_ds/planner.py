@@ -7,6 +7,7 @@ experts, are added up: an order that follows times gives other bits in the next 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -94,6 +95,7 @@ class LayerPlanner:
         # weight gradients apart, to be timed
         self._apart = Order(tuple(sorted(self._orders.backward.tasks, key=lambda task: task.kind.value == "W")))
         self.costs: tuple[list[ChunkCosts] | None, list[ChunkCosts] | None] = (None, None)
+        self.host_seconds = 0.0  # to start both passes on an accelerator, as learnt with `costs`
 
     @property
     def is_settled(self) -> bool:
@@ -150,6 +152,7 @@ class LayerPlanner:
 
     def _decide(self) -> None:
         vectors = [self._average(taken.vector(self.num_chunks)) for taken in self._measurements]
+        self.host_seconds = self._seconds_to_start([taken.host_seconds for taken in self._measurements])
         self._measurements = []
         costs = torch.stack(vectors).nanmedian(dim=0).values
         if self._use(costs) and self._store is not None:
@@ -179,6 +182,12 @@ class LayerPlanner:
             unknown = ChunkCosts(**{**vars(_UNKNOWN), "weights": 0.0 if backward else None})
             costs = [unknown] * self.num_chunks
         return layer_graph(costs, self._max_in_flight)
+
+    def _seconds_to_start(self, host_seconds: list[float]) -> float:
+        """Of the group's ranks; 0 where the host itself computes, since the tasks' times are all of it."""
+        if self._group.comm.device.type == "cpu":
+            return 0.0
+        return float(self._average(torch.tensor(statistics.median(host_seconds), dtype=torch.float64)))
 
     def _average(self, vector: torch.Tensor) -> torch.Tensor:
         """Over the group's ranks."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from planmoe_ds.auto_planner import ChoiceLog
 from planmoe_ds.executor import Measurement, vector_of
-from planmoe_ds.planner import DRIFT, MEASURED, REPLAN_EVERY, WARM_UP
+from planmoe_ds.planner import DRIFT, MEASURED, REPLAN_EVERY, WARM_UP, LayerPlanner
 from planmoe_ds.scheduling import ChunkCosts, ExchangeCosts
 from tests.engine.support import make_layer, routes_of, run_layer
 from tests.engine.test_schedules import HIDDEN, TwoLinears
@@ -86,6 +86,24 @@ def test_drift_decides_anew_on_all_ranks_in_the_same_call(ranks: RankPool) -> No
     assert mine[again + 2 * LEARNING] == 1
     assert "times drifted: the next calls decide anew" in said
     assert said.count("forward and backward") == 2
+
+
+def decide_beside_a_busy_host(seconds: float) -> list[int]:
+    """As decide(), where the host takes `seconds` a chunk to start a layer's tasks on its device."""
+
+    def to_start(planner: LayerPlanner, host_seconds: list[float]) -> float:
+        assert len(host_seconds) == MEASURED
+        assert min(host_seconds) > 0
+        return seconds * planner.num_chunks
+
+    with mock.patch.object(LayerPlanner, "_seconds_to_start", to_start):
+        return decide({"ranks_per_node": 2}, [EVEN])[0]
+
+
+def test_the_host_counts(ranks: RankPool) -> None:
+    idle, busy = (ranks.run(2, decide_beside_a_busy_host, seconds)[0][-1] for seconds in (0.0, 10.0))
+    assert idle > 1
+    assert busy == 1
 
 
 def test_what_is_fixed_stays(ranks: RankPool) -> None:

@@ -13,11 +13,13 @@ In a test, through the session fixture `ranks`:
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.harness.calls import Arguments, Environment, make_calls, per_rank_environments
@@ -62,10 +64,15 @@ class RankPool:
         `env` is one mapping for all ranks or one per rank. `timeout` (seconds) does not count imports.
         `expect_failure` returns one `RankOutcome` per rank, failed or not, instead of results. `fresh` uses
         new processes for this call alone, started with `env` and without DeepSpeed imported.
+        Skips the test where NCCL has fewer GPUs than ranks, unless it is told that they may share them.
         Raises `RankError`, `RankTimeout`, and `ValueError` for arguments that do not fit `world_size`.
         """
         if not 1 <= world_size <= MAX_RANKS:
             raise ValueError(f"world_size is {world_size}, expected 1 to {MAX_RANKS}")
+        if self._backend == "nccl" and not os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE"):
+            cards = torch.cuda.device_count()
+            if world_size > cards:
+                pytest.skip(f"{world_size} ranks, {cards} GPUs, and NCCL_MULTI_RANK_GPU_ENABLE (NCCL 2.30) is not set")
         environments = per_rank_environments(env, world_size)
         arguments = Arguments(args, kwargs, per_rank_args)
         environments = [{**self._place(rank), **env} for rank, env in enumerate(environments)]

@@ -67,6 +67,17 @@ def test_nothing_to_hide_leaves_all_off() -> None:
     assert "optimal order would gain less than 3%" in found.reason
 
 
+def test_a_host_that_starts_tasks_too_slowly_keeps_layers_whole() -> None:
+    trials = trials_of(1.0, 0.5, 0.001)
+    busy = {num_chunks: replace(costs, host=1.0 + 4.0 * num_chunks) for num_chunks, costs in trials.items()}
+    assert choose_schedule(trials, CANDIDATES).num_chunks > 1
+    found = choose_schedule(busy, CANDIDATES)
+    assert found.num_chunks == 1
+    assert found.seconds[8, "optimal"] == pytest.approx(1.0 + 4.0 * 8)
+    idle = {num_chunks: replace(costs, host=0.1) for num_chunks, costs in trials.items()}
+    assert choose_schedule(idle, CANDIDATES).seconds == choose_schedule(trials, CANDIDATES).seconds
+
+
 def test_only_the_order_is_open() -> None:
     four = {4: trials_of(1.0, 1.0)[4]}
     found = choose_schedule(four, (4,))
