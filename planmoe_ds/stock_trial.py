@@ -18,7 +18,8 @@ from planmoe_ds.choose import TIE, in_words
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.planner import MEASURED, WARM_UP
 
-TRIAL_CALLS = MEASURED + WARM_UP + MEASURED + 1  # planmoe's, stock's, and planmoe's in which the ranks decide
+_CALLS = WARM_UP + MEASURED  # of either
+TRIAL_CALLS = 2 * _CALLS + 1  # planmoe's, stock's, and planmoe's in which the ranks decide
 
 Layer = Callable[[torch.Tensor], torch.Tensor]  # hidden states [..., H] -> output [..., H]
 
@@ -71,9 +72,9 @@ class StockTrial:
         if self._stock_wins is not None:
             self._is_over, self.uses_stock = True, self._stock_wins
         elif self.uses_stock:
-            self.uses_stock = len(self._times[True]) < WARM_UP + MEASURED
+            self.uses_stock = len(self._times[True]) < _CALLS
         else:
-            self.uses_stock = len(self._times[False]) >= MEASURED
+            self.uses_stock = len(self._times[False]) >= _CALLS
 
     def _run_timed(self, hidden: torch.Tensor, layer: Layer) -> torch.Tensor:
         times, found = _Times(), self._times[self.uses_stock]

@@ -19,7 +19,7 @@ from tests.harness.ranks import RankPool
 pytestmark = pytest.mark.distributed
 
 NUM_CALLS = TRIAL_CALLS + 2
-TRIED = ["planmoe"] * MEASURED + ["stock"] * (WARM_UP + MEASURED) + ["planmoe"]
+TRIED = ["planmoe"] * (WARM_UP + MEASURED) + ["stock"] * (WARM_UP + MEASURED) + ["planmoe"]
 
 
 class Sleep(torch.autograd.Function):
