@@ -13,7 +13,6 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from planmoe_ds.choose_chunks import CANDIDATES, TRIALS, LayerCosts, ScheduleChoice, choose_schedule
 from planmoe_ds.compression import AUTO
@@ -150,9 +149,7 @@ class AutoPlanner:
         if self._group.rank == 0:
             choice = choose_schedule(self._learnt, self._candidates, self._scheduler, self._max_in_flight)
             found = torch.tensor([choice.num_chunks, names.index(choice.scheduler)])
-        found = found.to(self._group.comm.device)
-        dist.broadcast(found, self._group.global_ranks[0], group=self._group.comm.groups[0])
-        num_chunks, place = found.tolist()
+        num_chunks, place = self._group.told_by_first(found, "agreeing on the number of chunks").tolist()
         return ScheduleChoice(num_chunks, names[place], choice.reason, choice.seconds)
 
 

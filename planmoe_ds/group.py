@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,7 @@ from planmoe_ds.threads import batch_threads
 from planmoe_ds.topology import Topology, find_topology
 from planmoe_ds.watchdog import Watchdog
 
+_POLL_SECONDS = 5e-4
 NUM_LINKS = 2  # process groups per set of ranks: one for the links inside nodes, one between them
 
 
@@ -150,6 +153,33 @@ class ExpertGroup:
         self.comm.set_phase(phase)
         with nullcontext() if self.watchdog is None else self.watchdog.reporting(what):
             yield
+
+    def sum_of_ranks(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        """The sum of every rank's values, on the CPU; collective, and watched as exchanges are."""
+        return self._together(partial(dist.all_reduce, group=self.comm.groups[0], async_op=True), values, what)
+
+    def told_by_first(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        """The values of the group's first rank, on the CPU; the others' say shape and dtype. Collective, watched."""
+        first, group = self.global_ranks[0], self.comm.groups[0]
+        return self._together(partial(dist.broadcast, src=first, group=group, async_op=True), values, what)
+
+    def _together(self, start: Callable[[torch.Tensor], dist.Work], values: torch.Tensor, what: str) -> torch.Tensor:
+        on_device = values.to(self.comm.device, copy=True)
+        if self.watchdog is None:
+            start(on_device).wait()
+            return on_device.cpu()
+        with self.watchdog.waiting(self.number, next(self._collective_numbers), what):
+            work = start(on_device)
+            while on_device.is_cpu and not work.is_completed():  # nothing ends a wait of gloo's own
+                self.watchdog.check()
+                time.sleep(_POLL_SECONDS)
+            work.wait()
+            return on_device.cpu()
+
+    @cached_property
+    def _collective_numbers(self) -> Iterator[int]:
+        """One for each, the same on all ranks, and no exchange's."""
+        return itertools.count(-2, -1)
 
     def counts_filler(self, width: int) -> int:
         """Numbers to add to counts of this width, so that those of all layers are equally wide."""

@@ -48,13 +48,12 @@ class PlanStore:
             except StoredPlanError as found:
                 error = found
                 message[0] = _REFUSED
-        message = message.to(group.comm.device)
-        dist.broadcast(message, group.global_ranks[0], group=group.comm.groups[0])
+        message = group.told_by_first(message, "reading a stored plan")
         if message[0] == _REFUSED:
             reason = f"rank {group.global_ranks[0]} cannot use {self._path}" if error is None else str(error)
             raise PlanMoEConfigError(f"planmoe.plans: {reason}") from error
         stored = int(message[0])
-        return None if stored == _NONE else message[1 : 1 + 2 * stored * COLUMNS].cpu().reshape(2, stored, COLUMNS)
+        return None if stored == _NONE else message[1 : 1 + 2 * stored * COLUMNS].reshape(2, stored, COLUMNS)
 
     def save(self, group: ExpertGroup, facts: Mapping[str, str], vector: torch.Tensor) -> None:
         """Keep what was learnt; a folder that cannot be written is worth a warning."""

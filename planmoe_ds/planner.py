@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.distributed as dist
 
 from planmoe_ds.backend import Clock, make_scheduler
 from planmoe_ds.executor import LinkUse, Measurement, Order, costs_from, link_use, mean_chunk
@@ -191,18 +190,14 @@ class LayerPlanner:
 
     def _average(self, vector: torch.Tensor) -> torch.Tensor:
         """Over the group's ranks."""
-        total = vector.to(self._group.comm.device)
-        dist.all_reduce(total, group=self._group.comm.groups[0])
-        return total.cpu() / self._group.size
+        return self._group.sum_of_ranks(vector, "adding up what tasks took") / self._group.size
 
     def _agreed(self, graph: TaskGraph) -> list[int]:
         """The order that the group's first rank decides on."""
         order = torch.zeros(len(graph.tasks), dtype=torch.int64)
         if self._group.rank == 0:
             order = torch.tensor(timetable(graph, self._scheduler.order(graph)).order)
-        order = order.to(self._group.comm.device)
-        dist.broadcast(order, self._group.global_ranks[0], group=self._group.comm.groups[0])
-        return order.tolist()
+        return self._group.told_by_first(order, "agreeing on the order of tasks").tolist()
 
 
 def _order(graph: TaskGraph, scheduler: AbstractScheduler) -> Order:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
 from planmoe_ds.auto_planner import Planner
 from planmoe_ds.backend import Clock, Stamp
@@ -98,8 +97,9 @@ class StockTrial:
         seconds = [
             statistics.median(times.seconds() for times in self._times[way][-MEASURED:]) for way in (False, True)
         ]
-        total = torch.tensor(seconds, dtype=torch.float64, device=self._group.comm.device)
-        dist.all_reduce(total, group=self._group.comm.groups[0])
+        total = self._group.sum_of_ranks(
+            torch.tensor(seconds, dtype=torch.float64), "comparing planmoe's dispatch with the framework's"
+        )
         ours, theirs = (total / self._group.size).tolist()
         self._stock_wins = theirs * (1 + TIE) < ours
         choice = "the framework's own dispatch from now on" if self._stock_wins else "planmoe's dispatch"

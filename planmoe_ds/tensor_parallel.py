@@ -100,7 +100,8 @@ def _all_rows(rows: torch.Tensor, counts: tuple[int, ...], split: TensorParallel
     send = rows.repeat(split.size, 1)
     arrival = split.group.exchange(send, [counts[split.rank]] * split.size, list(counts))
     if arrival.exchange is not None:
-        arrival.exchange.wait()
+        with split.group.waiting(arrival.exchange, "the exchange of rows between tensor-parallel ranks"):
+            arrival.exchange.wait()
     return arrival.rows
 
 

@@ -279,7 +279,7 @@ class _Monitor(threading.Thread):
                     return Reason(self.rank, "mismatch", text)
             elif self._store.check([f"ended/{peer}"]) and not self._may_be_behind(mine):
                 return self._missing(mine, peer, "ended its program")
-            elif self._is_silent(peer):
+            if self._is_silent(peer):
                 return self._missing(mine, peer, f"has not been heard of for {SILENCE_SECONDS:g} s: it died or hangs")
         if self._timeout is not None and time.time() - mine.since > self._timeout + 2 * self._period:
             text = f"rank {self.rank} {mine.describe()}, longer than timeout_seconds ({self._timeout:g})"
@@ -331,8 +331,9 @@ class _Monitor(threading.Thread):
             if self.reason is not None:
                 return
             self.reason = reason
-        steps = "\n".join(f"  {step.what}" for step in self._history)
-        print(f"planmoe: rank {self.rank} stops; its last waits, oldest first:\n{steps}", file=sys.stderr, flush=True)
+        steps = [f"planmoe: rank {self.rank} stops; its last waits, oldest first:", *(s.what for s in self._history)]
+        with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe: the waits must end all the same
+            print("\n  ".join(steps), file=sys.stderr, flush=True)
         comms = [comm for comm in (comm() for comm in self._comms) if comm is not None]
         # All at once: what one frees on a device can wait for what another one still runs there.
         aborts = [

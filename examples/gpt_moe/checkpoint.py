@@ -88,7 +88,9 @@ def _publish(folder: Path, tag: str) -> None:
             path.replace(folder / path.name)
     write_whole(folder / "latest", tag)
     shutil.rmtree(draft)
-    for old in _saved_steps(folder)[:-NUM_KEPT]:
+    # Later ones are of a run that went on further: they stay until this one gets there.
+    until_now = [step for step in _saved_steps(folder) if step <= int(tag.removeprefix(TAG_PREFIX))]
+    for old in until_now[:-NUM_KEPT]:
         shutil.rmtree(folder / f"{TAG_PREFIX}{old}")
 
 

@@ -153,6 +153,16 @@ def publish_until(last: int, folder: Path) -> bool:
     return True
 
 
+def test_what_was_saved_last_stays_beside_later_steps_of_an_earlier_run(tmp_path: Path) -> None:
+    import checkpoint
+
+    for step in (20, 30, 40, 15, 18, 20):  # from the fourth on, `latest` had been set back
+        write_draft(tmp_path, step)
+        checkpoint._publish(tmp_path, f"step{step}")
+        assert (tmp_path / (tmp_path / "latest").read_text()).is_dir()
+    assert checkpoint._saved_steps(tmp_path) == [18, 20, 30, 40]
+
+
 def test_latest_names_a_whole_checkpoint_at_every_moment(tmp_path: Path) -> None:
     tags = []
     for last in range(100):

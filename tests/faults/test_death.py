@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import subprocess
+import sys
 import time
 from typing import Any
 from unittest.mock import patch
@@ -149,6 +154,62 @@ def test_a_rank_that_hangs_is_named(ranks: RankPool) -> None:
         assert kind == "PlanMoEError", (outcome.rank, kind, message)
         assert f"rank {ODD} was last in layer 0 forward" in message, message
         assert seconds < (12 if outcome.rank != ODD else 40)
+
+
+class FullDisk(io.StringIO):
+    """A log that cannot be written."""
+
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def freeze_while_waiting() -> tuple[float, str, str]:
+    """Rank 3 is late; of those that wait for it, the odd one freezes: its connections stay, its machine is gone."""
+    log = FullDisk() if dist.get_rank() == 1 else sys.stderr
+    with patch.object(watchdog_module, "SILENCE_SECONDS", 3.0), patch.object(sys, "stderr", log):
+        model = Model()
+        dist.barrier()
+        hidden = model.layer(0, *batch())
+        if dist.get_rank() == 3:
+            time.sleep(20)
+        if dist.get_rank() == ODD:
+            subprocess.Popen(["sh", "-c", f"sleep 3; kill -STOP {os.getpid()}; sleep 14; kill -CONT {os.getpid()}"])
+        return seconds_until_error(lambda: model.layer(1, hidden, batch()[1]))
+
+
+def test_a_rank_that_is_gone_while_it_waits_like_the_others(ranks: RankPool) -> None:
+    outcomes = ranks.run(4, freeze_while_waiting, fresh=True, timeout=60)
+    for rank, (seconds, kind, message) in enumerate(outcomes):
+        assert kind == "PlanMoEError", (rank, message)
+        # Once it goes on, the odd one finds that the store has not answered it for long.
+        assert rank == ODD or f"rank {ODD} has not been heard of" in message, message
+        assert seconds < (12 if rank < ODD else 25)
+
+
+def agree(action: Any) -> tuple[float, str, str]:
+    """On what tasks took, while the odd rank does something else."""
+    group = Model({"timeout_seconds": 3}).layers[0].group
+    dist.barrier()
+
+    def add_up() -> None:
+        with group.working("agreeing", 0):
+            if dist.get_rank() == ODD:
+                action()
+            group.sum_of_ranks(torch.ones(3), "adding up what tasks took")
+
+    return seconds_until_error(add_up)
+
+
+@pytest.mark.parametrize("action", [hang, run_out_of_memory], ids=lambda action: action.__name__)
+def test_agreements_are_watched(ranks: RankPool, action: Any) -> None:
+    for rank, (seconds, kind, message) in enumerate(ranks.run(4, agree, action, fresh=True, timeout=60)):
+        if rank == ODD and action is run_out_of_memory:
+            assert kind == "OutOfMemoryError"
+            continue
+        assert kind == "PlanMoEError", (rank, kind, message)
+        words = f"rank {ODD} stopped in agreeing" if action is run_out_of_memory else "adding up what tasks took"
+        assert words in message, message
+        assert seconds < (12 if rank != ODD else 40)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
