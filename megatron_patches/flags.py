@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from planmoe_ds.config import PlanMoEConfig, parse_config, read_section
+from planmoe_ds.config import PlanMoEConfig, json_or_text, parse_config, read_section
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.integrations.megatron_limits import problems_of
 
@@ -41,7 +40,7 @@ def with_flags(add_megatron_arguments: Callable[..., Any]) -> Callable[..., Any]
         group = parser.add_argument_group("planmoe", f"for {ALIAS} planmoe")
         group.add_argument(FILE_FLAG, help="JSON or YAML file of settings; the flags below override it")
         for flag, key in SETTINGS.items():
-            group.add_argument(flag, type=_json_or_text, help=PlanMoEConfig.model_fields[key].description)
+            group.add_argument(flag, type=json_or_text, help=PlanMoEConfig.model_fields[key].description)
         _check_spelling(sys.argv[1:])
         return parser
 
@@ -64,8 +63,7 @@ def read_choice(args: Any) -> None:
 
     Raises PlanMoEConfigError that names everything that is wrong.
     """
-    places = [args, *(part for part in (getattr(args, "language_model", None),) if part is not None)]  # YAML nests
-    chosen = [place for place in places if getattr(place, DISPATCHER, None) == "planmoe"]
+    chosen = [p for p in (args, getattr(args, "language_model", None)) if getattr(p, DISPATCHER, None) == "planmoe"]
     given = {key: value for flag, key in SETTINGS.items() if (value := getattr(args, _name(flag), None)) is not None}
     path = getattr(args, _name(FILE_FLAG), None)
     if not chosen:
@@ -78,13 +76,21 @@ def read_choice(args: Any) -> None:
         setattr(place, DISPATCHER, "alltoall")  # Megatron knows what goes with it by this name
     section = {**({} if path is None else read_section(path, FILE_FLAG)), **given} or True
     parse_config(section, "planmoe")
-    _check_arguments(chosen[0])
+    _check_arguments(_flat(args))
     args.planmoe = section
 
 
 def shared_settings(args: Any) -> dict[str, str]:
     """What every rank must have in common, by flag."""
-    return {f"--{name.replace('_', '-')}": str(getattr(args, name, None)) for name in SHARED}
+    flat = _flat(args)
+    return {f"--{name.replace('_', '-')}": str(getattr(flat, name, None)) for name in SHARED}
+
+
+def _flat(args: Any) -> argparse.Namespace:
+    """Arguments by the names of the command line; YAML nests them, and calls one as the config does."""
+    parts = [getattr(args, name, None) for name in ("model_parallel", "language_model")]
+    nested = {key: value for part in parts if part is not None for key, value in vars(part).items()}
+    return argparse.Namespace(**{"num_experts": nested.get("num_moe_experts"), **nested, **vars(args)})
 
 
 def _check_arguments(args: Any) -> None:
@@ -113,10 +119,3 @@ def _check_spelling(arguments: list[str]) -> None:
 
 def _name(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

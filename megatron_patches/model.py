@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ def agreed(initialize_model_parallel: Callable[..., Any]) -> Callable[..., Any]:
             section = getattr(arguments, "planmoe", None)
             settings = {ENABLED: str(section is not None)}
             if section is not None:
-                settings |= {f"planmoe.{key}": str(value) for key, value in section.items()}
+                settings |= {f"planmoe.{key}": str(section[key]) for key in (section if section is not True else ())}
                 settings |= shared_settings(arguments)
             check_agreement(settings)
         return initialize_model_parallel(*args, **kwargs)
@@ -51,8 +52,11 @@ def translated(post_init: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(config, DISPATCHER) == "planmoe":
             setattr(config, DISPATCHER, "alltoall")
             arguments = _arguments()
-            if arguments is not None and getattr(arguments, "planmoe", None) is None:
-                arguments.planmoe = {}
+            if arguments is None:
+                what = "stays 'alltoall' until planmoe_ds.integrations.megatron.activate(model) is called"
+                warnings.warn(f"{DISPATCHER} = 'planmoe' {what}", stacklevel=3)
+            elif getattr(arguments, "planmoe", None) is None:
+                arguments.planmoe = True
         post_init(config)
 
     return check

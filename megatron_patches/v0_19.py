@@ -1,4 +1,4 @@
-"""Megatron core 0.19: layers checked with 0.19.0, names of megatron.training by reading.
+"""Megatron core 0.19: checked with 0.19.0.
 
 Scripts parse arguments themselves, with parse_and_validate_args(), and a model may come from a config's builder
 instead of get_model().

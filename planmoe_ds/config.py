@@ -200,6 +200,14 @@ def find_section(settings: Mapping[str, Any], name: str) -> object:
     return settings.get(name)
 
 
+def json_or_text(text: str) -> Any:
+    """A setting's value as a command line gives it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
 def read_section(path: str, where: str) -> dict[str, Any]:
     """A JSON or YAML file's section of settings; PlanMoEConfigError, which begins with `where`, without one."""
     try:

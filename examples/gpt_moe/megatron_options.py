@@ -126,6 +126,7 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parallel.add_argument("--planmoe-config", type=Path, help="JSON file of planmoe's settings")
     parallel.add_argument("--planmoe-chunks", type=int, help="planmoe's chunks")
+    parallel.add_argument("--planmoe-scheduler", help="planmoe's scheduler")
     parallel.add_argument("--planmoe-comm", help="planmoe's all-to-all")
     parallel.add_argument("--planmoe-compression", help="planmoe's codec")
     return parser
@@ -169,7 +170,7 @@ def _model_config(parsed: argparse.Namespace, world_size: int) -> ModelConfig:
 
 def _planmoe_section(parsed: argparse.Namespace) -> bool | dict[str, Any]:
     """False with Megatron's own dispatcher, else what planmoe itself will check."""
-    flags = {"chunks": parsed.planmoe_chunks, "comm": parsed.planmoe_comm, "compression": parsed.planmoe_compression}
+    flags = {name: getattr(parsed, f"planmoe_{name}") for name in ("chunks", "scheduler", "comm", "compression")}
     given = {key: value for key, value in flags.items() if value is not None}
     if parsed.moe_token_dispatcher != "planmoe":
         if given or parsed.planmoe_config:
@@ -181,4 +182,6 @@ def _planmoe_section(parsed: argparse.Namespace) -> bool | dict[str, Any]:
         settings = json.loads(parsed.planmoe_config.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ExampleError(f"--planmoe-config {parsed.planmoe_config}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ExampleError(f"--planmoe-config {parsed.planmoe_config} holds {settings!r}: settings by name are wanted")
     return {**settings, **given}

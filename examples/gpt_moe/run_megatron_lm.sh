@@ -35,6 +35,8 @@ fi
     exit 2
 }
 repository=$(cd "$HERE/../.." && pwd)
+MEGATRON=$(cd "$MEGATRON" && pwd)
+[ -z "${HOSTFILE:-}" ] || HOSTFILE=$(realpath "$HOSTFILE")
 cd "$MEGATRON"
 export PYTHONPATH="$MEGATRON:$repository${PYTHONPATH:+:$PYTHONPATH}"
 module=(-m planmoe_ds.megatron "$SCRIPT")

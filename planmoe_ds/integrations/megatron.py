@@ -55,9 +55,10 @@ class MegatronExperts(Experts):
         return [parameter for parameter in found if parameter.requires_grad]
 
     def members(self) -> tuple[nn.Module, ...]:
-        """SequentialMLP's experts, whose projections do nothing but multiply: what is exchanged is the dispatcher's."""
-        is_known = type(self.module) is SequentialMLP and not self.module.config.moe_apply_probs_on_input
-        experts = tuple(self.module.local_experts) if is_known else ()
+        """SequentialMLP's experts, where projections only multiply: not where they add gradients up themselves, too."""
+        config = self.module.config
+        is_other = type(self.module) is not SequentialMLP or config.moe_apply_probs_on_input
+        experts = () if is_other or config.gradient_accumulation_fusion else tuple(self.module.local_experts)
         kinds = {(type(expert), type(expert.linear_fc1), type(expert.linear_fc2)) for expert in experts}
         return experts if kinds == {(MLP, ColumnParallelLinear, RowParallelLinear)} else ()
 

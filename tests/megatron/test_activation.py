@@ -98,6 +98,7 @@ def start_job(arguments: dict[str, Any]) -> None:
     ("first", "second", "message"),
     [
         ({"planmoe": {}}, {"planmoe": None}, "ranks disagree on planmoe.enabled: True on ranks [0]; False"),
+        ({"planmoe": True}, {"planmoe": None}, "ranks disagree on planmoe.enabled: True on ranks [0]; False"),
         ({"planmoe": {"comm": "pipe"}}, {"planmoe": {"comm": "direct"}}, "disagree on planmoe.comm"),
         ({"planmoe": {}, "seq_length": 8}, {"planmoe": {}, "seq_length": 9}, "disagree on --seq-length: 8"),
     ],
@@ -107,6 +108,10 @@ def test_ranks_with_different_flags(
 ) -> None:
     outcomes = megatron_ranks.run(2, start_job, per_rank_args=[(first,), (second,)], expect_failure=True)
     assert message in mistakes(outcomes)
+
+
+def test_the_flag_alone_starts(megatron_ranks: RankPool) -> None:
+    megatron_ranks.run(2, start_job, {"planmoe": True})
 
 
 def exchange_checkpoints(case: Case) -> dict[str, str]:

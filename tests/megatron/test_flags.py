@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_patches.flags import read_choice, with_choice, with_flags
+from megatron_patches.flags import read_choice, shared_settings, with_choice, with_flags
 from planmoe_ds.errors import PlanMoEConfigError
 
 GOOD = ["--moe-token-dispatcher", "planmoe", "--num-experts", "8", "--expert-model-parallel-size", "4"]
@@ -69,11 +69,21 @@ def test_json_value_of_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nested_yaml_arguments() -> None:
-    model = argparse.Namespace(moe_token_dispatcher_type="planmoe", num_experts=8, expert_model_parallel_size=2)
-    args = argparse.Namespace(language_model=model)
+    model = argparse.Namespace(moe_token_dispatcher_type="planmoe", num_moe_experts=8)
+    parallel = argparse.Namespace(expert_model_parallel_size=2, tensor_model_parallel_size=4)
+    args = argparse.Namespace(language_model=model, model_parallel=parallel, seq_length=8)
     read_choice(args)
     assert model.moe_token_dispatcher_type == "alltoall"
     assert args.planmoe is True  # nothing asked for: the adviser chooses
+    shared = shared_settings(args)
+    assert [shared[f"--{name}"] for name in ("num-experts", "tensor-model-parallel-size", "seq-length")] == list("848")
+
+
+def test_nested_yaml_mistakes() -> None:
+    model = argparse.Namespace(moe_token_dispatcher_type="planmoe", num_moe_experts=8, fp8="hybrid")
+    args = argparse.Namespace(language_model=model, model_parallel=argparse.Namespace(expert_model_parallel_size=3))
+    with pytest.raises(PlanMoEConfigError, match=r"(?s)fp8 = 'hybrid'.*size 3 does not divide --num-experts 8"):
+        read_choice(args)
 
 
 MISTAKES = {

@@ -85,3 +85,24 @@ def test_others_run_one_by_one(megatron_ranks: RankPool, config: dict[str, Any])
     for differences, num_runs in megatron_ranks.run(4, compare_grouped, Case("EP4", steps=2, config=config)):
         assert differences == dict.fromkeys(SECTIONS, "")
         assert num_runs == 0
+
+
+def count_members(case: Case) -> tuple[int, int]:
+    """Of a layer's experts those that may be grouped, without and with fused accumulation of gradients."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from planmoe_ds.integrations.megatron import MegatronExperts
+    from tests.megatron import training
+
+    training.start(case)
+    model = training.make_chunks(case, training.make_config(case))[0]
+    layer = next(module for module in model.modules() if isinstance(module, MoELayer))
+    experts = MegatronExperts(layer.experts)
+    plain = len(experts.members())
+    layer.experts.config.gradient_accumulation_fusion = True
+    return plain, len(experts.members())
+
+
+def test_experts_that_add_up_their_own_gradients_are_left_as_they_are(megatron_ranks: RankPool) -> None:
+    """A fused projection tells Megatron to pass by the gradients that grouped GEMMs return for the same weights."""
+    assert megatron_ranks.run(2, count_members, Case("EP2", ranks=2, expert=2)) == [(4, 0)] * 2

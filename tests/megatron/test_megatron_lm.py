@@ -15,6 +15,7 @@ CHECKOUT = os.environ.get("MEGATRON_LM", "")
 ROOT = Path(__file__).resolve().parents[2]
 ALLTOALL = ["--moe-token-dispatcher-type", "alltoall"]
 PLANMOE = ["--moe-token-dispatcher", "planmoe", "--planmoe-exactness", "exact", "--planmoe-chunks", "1"]
+ALONE = ["--moe-token-dispatcher", "planmoe"]  # the adviser chooses
 TWO_CHUNKS = ["--moe-token-dispatcher", "planmoe", "--planmoe-chunks", "2", "--planmoe-comm", "dedup"]
 ARGUMENTS = """
     --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --seq-length 32 --disable-bias-linear
@@ -54,12 +55,13 @@ def losses(ranks: int, *arguments: str, on_gpus: bool = False) -> list[float]:
     return [float(loss) for loss in re.findall(r"lm loss: (\S+)", done.stdout)]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 def test_same_losses() -> None:
     stock = losses(2, *ALLTOALL)
     assert len(stock) == 4
     assert losses(2, *PLANMOE) == stock
-    assert losses(2, *TWO_CHUNKS) == pytest.approx(stock, rel=1e-5)
+    for arguments in (TWO_CHUNKS, ALONE):
+        assert losses(2, *arguments) == pytest.approx(stock, rel=1e-5)
 
 
 @pytest.mark.gpu

@@ -118,6 +118,7 @@ def test_config_value(checkout: Path) -> None:
         "print(C('planmoe'), C('allgather'))"
     )
     output = python(checkout, "-c", code)
+    assert "'planmoe' stays 'alltoall' until planmoe_ds.integrations.megatron.activate(model) is called" in output
     assert "moe_token_dispatcher_type='alltoall'" in output
     assert "moe_token_dispatcher_type='allgather'" in output
 
