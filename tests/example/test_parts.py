@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,19 @@ def test_latest_names_a_whole_checkpoint_at_every_moment(tmp_path: Path) -> None
     assert len(tags) > 8
     assert tags == sorted(tags)
     assert (tags[0], tags[-1]) == ("step1", "step2")
+
+
+def test_the_megatron_example_reads_settings(tmp_path: Path) -> None:
+    options, errors = load("megatron_options"), load("errors")
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"comm": "pipe", "chunks": 2}')
+    chosen = ["--planmoe-config", str(settings), "--planmoe-chunks", "4", "--planmoe-scheduler", "optimal"]
+    assert options.parse_options(chosen, 4).planmoe == {"comm": "pipe", "chunks": 4, "scheduler": "optimal"}
+    assert options.parse_options([], 4).planmoe is True
+    assert options.parse_options(["--moe-token-dispatcher", "alltoall"], 4).planmoe is False
+    for content, words in (("[1]", "holds [1]: settings by name"), ("{", "Expecting property name")):
+        settings.write_text(content)
+        with pytest.raises(errors.ExampleError, match=re.escape(words)):
+            options.parse_options(["--planmoe-config", str(settings)], 4)
+    with pytest.raises(errors.ExampleError, match="need --moe-token-dispatcher planmoe"):
+        options.parse_options(["--moe-token-dispatcher", "alltoall", "--planmoe-scheduler", "optimal"], 4)
