@@ -6,10 +6,7 @@ from megatron_patches.flags import with_choice, with_flags
 from megatron_patches.model import activated, agreed, translated
 from megatron_patches.patching import Patch
 
-FLAGS = Patch(
-    "megatron.training.arguments", "add_megatron_arguments", "add --moe-token-dispatcher planmoe and --planmoe-…",
-    with_flags,
-)  # fmt: skip
+FLAGS = Patch("megatron.training.arguments", "add_megatron_arguments", "add planmoe's flags", with_flags)
 CHOICE = Patch("megatron.training.arguments", "parse_args", "check them before anything is set up", with_choice)
 CHOICE_BOUND = Patch(
     "megatron.training.initialize", "parse_args", "check them where the name was bound before", with_choice

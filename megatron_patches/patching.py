@@ -15,9 +15,7 @@ from typing import Any
 from planmoe_ds.errors import PlanMoEError
 from planmoe_ds.hook import forget, when_imported
 
-VERSIONS = {
-    known: f"v{known.replace('.', '_')}" for known in ("0.15", "0.16", "0.17", "0.19", "0.20")
-}  # of Megatron core
+VERSIONS = {v: f"v{v.replace('.', '_')}" for v in ("0.15", "0.16", "0.17", "0.19", "0.20")}  # of Megatron core
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,13 @@ class Patch:
 def apply() -> None:
     """Patch the Megatron that `import megatron` finds; calling it again changes nothing.
 
-    Raises ImportError when there is no megatron.core, PlanMoEError for a version without a patch set.
+    Raises ImportError when there is no megatron.core or no such module, PlanMoEError for a version without a patch set.
     """
     for patch in _patches():
+        _, package, *names = patch.module.split(".")
+        path = _root() / package
+        if path.exists() and not any(path.joinpath(*names).with_suffix(kind).exists() for kind in ("", ".py")):
+            raise ImportError(f"this Megatron has no {patch.module}, where planmoe would {patch.why}")
         forget(patch.module, patch.install)  # a second call does not expect the module twice
         when_imported(patch.module, patch.install)
 
@@ -92,14 +94,17 @@ def _patches() -> tuple[Patch, ...]:
 
 def _megatron_version() -> str:
     """The version of megatron.core, read from its file: importing it takes seconds, and others may come first."""
+    path = _root() / "core" / "package_info.py"
+    facts: dict[str, Any] = {"__name__": "package_info", "__file__": str(path)}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), facts)  # noqa: S102
+    return f"{facts['MAJOR']}.{facts['MINOR']}.{facts['PATCH']}"
+
+
+def _root() -> Path:
     spec = importlib.util.find_spec("megatron")
-    places = [] if spec is None else list(spec.submodule_search_locations or [])
-    for place in places:
-        path = Path(place) / "core" / "package_info.py"
-        if path.exists():
-            facts: dict[str, Any] = {"__name__": "package_info", "__file__": str(path)}
-            exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), facts)  # noqa: S102
-            return f"{facts['MAJOR']}.{facts['MINOR']}.{facts['PATCH']}"
+    for place in [] if spec is None else list(spec.submodule_search_locations or []):
+        if (Path(place) / "core" / "package_info.py").exists():
+            return Path(place)
     raise ImportError(
         "megatron.core cannot be found: run from a Megatron-LM checkout, put it on PYTHONPATH, or install megatron-core"
     )

@@ -55,7 +55,7 @@ class MegatronExperts(Experts):
         return [parameter for parameter in found if parameter.requires_grad]
 
     def members(self) -> tuple[nn.Module, ...]:
-        """SequentialMLP's experts, where projections only multiply: not where they add gradients up themselves, too."""
+        """SequentialMLP's experts, unless their projections do more than multiply, such as add gradients up."""
         config = self.module.config
         is_other = type(self.module) is not SequentialMLP or config.moe_apply_probs_on_input
         experts = () if is_other or config.gradient_accumulation_fusion else tuple(self.module.local_experts)
@@ -185,10 +185,7 @@ def with_planmoe(moe_spec: Any) -> Any:
 
 
 def activate(
-    model: nn.Module | Sequence[nn.Module],
-    section: object = True,
-    *,
-    settings: Mapping[str, str] | None = None,
+    model: nn.Module | Sequence[nn.Module], section: object = True, *, settings: Mapping[str, str] | None = None
 ) -> Session | None:
     """Send every MoELayer of a model, or of the chunks of a pipeline stage, through planmoe.
 

@@ -35,6 +35,8 @@ SHARED = {"moe_shared_expert_intermediate_size": 32}
 CASES = (
     Case("EP2", ranks=2, expert=2),
     Case("EP4", distributed_optimizer=True),
+    Case("EP1", ranks=2, expert=1, steps=4),
+    Case("EP8", ranks=8, expert=8, steps=4),
     Case("TP2 EP4", tensor=2, steps=4),
     Case("TP2 EP2 ETP2", tensor=2, expert=2, expert_tensor=2),
     Case("PP2 EP2", pipeline=2, expert=2),

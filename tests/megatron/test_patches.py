@@ -135,6 +135,13 @@ def test_missing_name(checkout: Path) -> None:
     assert "megatron.training.training has no get_model, which planmoe needs to switch" in output
 
 
+def test_missing_module(checkout: Path) -> None:
+    (checkout / "megatron" / "training" / "training.py").unlink()
+    output = python(checkout, "-c", "import megatron_patches; print('silent')")
+    assert "this Megatron has no megatron.training.training, where planmoe would switch the model's MoE" in output
+    assert "silent" not in output
+
+
 def test_no_megatron(tmp_path: Path) -> None:
     code = "import importlib.util; importlib.util.find_spec = lambda name: None\nimport megatron_patches"
     assert "megatron.core cannot be found: run from a Megatron-LM checkout" in python(tmp_path, "-c", code)
