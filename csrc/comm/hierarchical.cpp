@@ -14,6 +14,7 @@ namespace planmoe {
 namespace {
 
 using Counts = std::vector<int64_t>;
+constexpr int64_t kMostRows = int64_t{1} << 46;  // in one message
 
 class HierarchicalComm final : public PipeComm {
  public:
@@ -73,9 +74,12 @@ class HierarchicalComm final : public PipeComm {
 
   // This rank's rows for other nodes, straight from where they lie, and those of its node's ranks that pass here.
   void add_first_hop(Leg& leg, const std::vector<ExchangeSpec>& parts, Passing& passing) {
-    for (const auto& counts : passing.counts) {
-      const auto here = counts.cpu();
+    for (size_t mate = 0; mate < passing.counts.size(); ++mate) {
+      const auto here = passing.counts[mate].cpu();
       passing.counts_here.emplace_back(here.const_data_ptr<int64_t>(), here.const_data_ptr<int64_t>() + here.numel());
+      for (const auto rows : passing.counts_here.back())  // so that no sum of them overflows
+        TORCH_CHECK(rows >= 0 && rows <= kMostRows, "planmoe: rank ", nodes_.mine()[mate], " of the group says that ",
+                    rows, " rows of its pass through rank ", rank(), ", which cannot be");
     }
     for (size_t part = 0; part < parts.size(); ++part) {
       const auto& send = parts[part].send;

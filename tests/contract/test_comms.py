@@ -196,3 +196,23 @@ def close_and_start(package: str) -> None:
 
 def test_a_closed_one_starts_nothing(ranks: RankPool, package: str) -> None:
     ranks.run(2, close_and_start, package)
+
+
+def pass_rows_of_a_liar(num_rows: int) -> str:
+    """Rank 1 only tells the ranks of its node how many rows it would pass through them."""
+    groups, tag_of_counts = two_groups(5000), 2 * 128  # the second tag, 128 phases each; see csrc/comm/abstract.cpp
+    comm = make_comm("hierarchical", groups, [0, 0, 1, 1], rank_device(), 5000)
+    if dist.get_rank() == 1:
+        counts = torch.tensor([num_rows])
+        dist.isend(counts, 0, group=groups[0], tag=tag_of_counts).wait()
+        return ""
+    rows = torch.zeros(4, 3)
+    with pytest.raises(RuntimeError) as caught:
+        comm.start(rows, [1] * 4, rows.clone(), [1] * 4).wait()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("num_rows", [-1, (1 << 46) + 1])
+def test_counts_of_rows_that_pass_here_are_checked(ranks: RankPool, num_rows: int) -> None:
+    first = ranks.run(4, pass_rows_of_a_liar, num_rows, fresh=True)[0]
+    assert f"rank 1 of the group says that {num_rows} rows of its pass through rank 0, which cannot be" in first

@@ -25,16 +25,16 @@ ACTIONS = {
 }
 
 
-def disturb(action: str) -> None:
+def disturb(action: str, *rate: str) -> None:
     """The first rank of the last node acts on its node's card."""
     if action in ACTIONS and os.environ["GROUP_RANK"] == BAD_NODE and os.environ["LOCAL_RANK"] == "0":
-        subprocess.run([*ACTIONS[action].split(), *sys.argv[2:]], check=True)
+        subprocess.run([*ACTIONS[action].split(), *rate], check=True)
 
 
 def train(model: Model, action: str, sums: list[float]) -> None:
     for step in range(6):
         if step == 2:
-            disturb(action)
+            disturb(action, *sys.argv[2:])
         tokens, experts = batch(256)
         model.forward(tokens, experts).sum().backward()
         assert tokens.grad is not None

@@ -69,12 +69,31 @@ def restore_deepspeed(snapshot: Snapshot) -> None:
                 module[name] = value
 
 
-def destroy_engines() -> None:
-    """End every DeepSpeed engine: its gradient hooks keep it, and with it the gloo threads of its groups, alive."""
-    module = sys.modules.get("deepspeed.runtime.engine")
-    if module is not None:
-        for engine in [item for item in gc.get_objects() if issubclass(type(item), module.DeepSpeedEngine)]:
-            engine.destroy()
+def destroy_models() -> None:
+    """End DeepSpeed's engines and what Megatron keeps: they hold process groups.
+
+    A gloo group has three threads or more, each of which looks for work 100 times a second.
+    """
+    for engine in _instances("deepspeed.runtime.engine", "DeepSpeedEngine"):
+        engine.destroy()  # its gradient hooks keep it alive
+    for wrapper in _instances("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel"):
+        wrapper.grad_accs.clear()  # and these
+    for dispatcher in _instances("megatron.core.transformer.moe.token_dispatcher", "MoETokenDispatcher"):
+        dispatcher.probs = None  # with the graph of the last step
+    rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
+    if rotary is not None and hasattr(rotary.RotaryEmbedding.forward, "cache_clear"):
+        rotary.RotaryEmbedding.forward.cache_clear()
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None:
+        parallel_state.destroy_model_parallel()
+
+
+def _instances(module: str, kind: str) -> list[Any]:
+    """Objects of a class and those derived from it, none where its module is not loaded."""
+    if module not in sys.modules:
+        return []
+    class_ = getattr(sys.modules[module], kind)
+    return [item for item in gc.get_objects() if issubclass(type(item), class_)]
 
 
 def _plain_variables(module: ModuleType) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _failure(rank: int, error: BaseException, start: float) -> RankOutcome:
 def _clean_up(snapshot: state.Snapshot, environment: dict[str, str], num_threads: int) -> bool:
     """Undo what the call did to this process; False when part of it is left, so it must not be used again."""
     try:
-        state.destroy_engines()
+        state.destroy_models()
         gc.collect()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

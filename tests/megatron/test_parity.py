@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,3 +43,14 @@ def test_other_exchanges(megatron_ranks: RankPool, comm: str) -> None:
     sections = {comm: ({"comm": comm, "ranks_per_node": 2, "chunks": 2}, ROUNDING)}
     for results in megatron_ranks.run(4, compare, case, sections, timeout=90):
         assert results == {comm: ""}
+
+
+def count_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_nothing_stays_behind_on_the_ranks(megatron_ranks: RankPool) -> None:
+    """Threads of process groups that a training leaves behind would slow down every later test."""
+    case = Case("EP2", ranks=2, expert=2, steps=1)
+    megatron_ranks.run(2, compare, case, {"exact": (EXACT, 0.0)})
+    assert max(megatron_ranks.run(2, count_threads)) < 40
