@@ -203,8 +203,9 @@ def pass_rows_of_a_liar(num_rows: int) -> str:
     groups, tag_of_counts = two_groups(5000), 2 * 128  # the second tag, 128 phases each; see csrc/comm/abstract.cpp
     comm = make_comm("hierarchical", groups, [0, 0, 1, 1], rank_device(), 5000)
     if dist.get_rank() == 1:
-        counts = torch.tensor([num_rows])
-        dist.isend(counts, 0, group=groups[0], tag=tag_of_counts).wait()
+        sent = dist.isend(torch.tensor([num_rows]), 0, group=groups[0], tag=tag_of_counts)
+        dist.irecv(torch.zeros(1, dtype=torch.long), 0, group=groups[0], tag=tag_of_counts).wait()
+        sent.wait()
         return ""
     rows = torch.zeros(4, 3)
     with pytest.raises(RuntimeError) as caught:
