@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from tests.faults.stock.layers import HIDDEN
+from tests.faults.stock.layers import EXPERTS, HIDDEN, TOP_K
 from tests.faults.stock.steps import ODD, Found, first_line
 
 SMALL_BYTES = 2_000  # less than the weights of one expert
@@ -26,12 +26,12 @@ class DeepSpeedRun:
 
     def __init__(self) -> None:
         import deepspeed
+        from deepspeed.moe.layer import MoE
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 
-        from tests.faults.stock.layers import deepspeed_layers
-
-        layers = deepspeed_layers(None, HIDDEN, 2, capacity=False)
-        model = torch.nn.ModuleList(layers.modules)
+        deepspeed.init_distributed("gloo")
+        expert = torch.nn.Linear(HIDDEN, HIDDEN)
+        model = torch.nn.ModuleList([MoE(HIDDEN, expert, num_experts=EXPERTS, ep_size=dist.get_world_size(), k=TOP_K)])
         self.engine: Any = deepspeed.initialize(
             model=model,
             model_parameters=split([{"params": list(model.parameters()), "name": "all"}]),
@@ -52,7 +52,7 @@ class MegatronRun:
     def __init__(self) -> None:
         from tests.faults.stock.layers import megatron_layers
 
-        self.model: Any = megatron_layers(None, HIDDEN, 2, capacity=False).modules
+        self.model: Any = megatron_layers(None, HIDDEN, TOP_K, capacity=False).modules
 
     def _state(self) -> dict[str, Any]:
         from megatron.core.transformer.utils import sharded_state_dict_default

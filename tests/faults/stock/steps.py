@@ -72,7 +72,7 @@ def die_in_exchange(_: Layers) -> None:
     """As soon as the next exchange is posted."""
     from planmoe_ds.backend import Comm
 
-    for owner, name in ((dist.ProcessGroup, "alltoall_base"), (Comm, "dispatch")):
+    for owner, name in ((dist.ProcessGroup, "all_to_all_single"), (Comm, "dispatch")):
         usual = getattr(owner, name)
 
         def post_and_die(*arguments: Any, usual: Any = usual) -> None:
