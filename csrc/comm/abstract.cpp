@@ -103,6 +103,7 @@ Link& AbstractComm::add_link(size_t group, std::string lane) {
 }
 
 void AbstractComm::close() {
+  std::lock_guard<std::mutex> lock(ending_);  // an abort in another thread still uses the links
   closed_ = true;
   links_.clear();
   options_.groups.clear();
@@ -110,6 +111,7 @@ void AbstractComm::close() {
 
 // All at once: NCCL frees memory of the device when it aborts, which waits for what other links still run there.
 void AbstractComm::abort(const std::string& reason) {
+  std::lock_guard<std::mutex> lock(ending_);
   std::vector<std::future<void>> aborts;
   for (const auto& link : links_)
     aborts.push_back(std::async(std::launch::async, [&link, &reason] { link->abort(reason); }));

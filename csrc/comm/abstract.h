@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <mutex>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
@@ -123,6 +124,7 @@ class AbstractComm {
 
   CommOptions options_;
   std::vector<std::unique_ptr<Link>> links_;
+  std::mutex ending_;  // held by close() and abort()
   Workspace workspace_;
   int64_t rank_;
   int64_t size_;
