@@ -63,9 +63,10 @@ def on_cluster(framework: str, words: tuple[str, ...], seconds: float) -> Iterat
 
 
 @functools.cache
-def without_fault(framework: str, planmoe: bool) -> dict[int, steps.Found]:
+def without_fault(framework: str, planmoe: bool, capacity: bool) -> dict[int, steps.Found]:
     """To compare results with."""
-    return watch(steps.on_rank, framework, "nothing", planmoe, seconds=120)
+    name = "nothing, with a capacity" if capacity else "nothing"
+    return watch(steps.on_rank, framework, name, planmoe, seconds=120)
 
 
 def show(framework: str, fault: str, seconds: float) -> None:
@@ -80,7 +81,8 @@ def show(framework: str, fault: str, seconds: float) -> None:
             report("  then", lines(watch(saves.load, framework, folder, seconds=seconds), {}))
         return
     for planmoe in (False, True):
-        usual = {} if steps.FAULTS[fault].on_all_ranks else without_fault(framework, planmoe)
+        it = steps.FAULTS[fault]
+        usual = {} if it.on_all_ranks else without_fault(framework, planmoe, it.capacity)
         found = watch(steps.on_rank, framework, fault, planmoe, seconds=seconds)
         report(f"{framework}{' with planmoe' if planmoe else ''}, {fault}", lines(found, usual))
 

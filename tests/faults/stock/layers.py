@@ -45,9 +45,9 @@ def deepspeed_layers(planmoe: Mapping[str, Any] | None, hidden: int, top_k: int,
     del capacity
     deepspeed.init_distributed("gloo")
     torch.manual_seed(0)
-    expert = nn.Linear(hidden, hidden)
     modules = nn.ModuleList(
-        MoE(hidden, expert, num_experts=EXPERTS, ep_size=dist.get_world_size(), k=top_k) for _ in range(2)
+        MoE(hidden, nn.Linear(hidden, hidden), num_experts=EXPERTS, ep_size=dist.get_world_size(), k=top_k)
+        for _ in range(2)
     )
     for module in modules:
         module.set_deepspeed_parallelism()
@@ -87,6 +87,8 @@ def megatron_layers(planmoe: Mapping[str, Any] | None, hidden: int, top_k: int, 
 
         activate(model, dict(planmoe))
     modules = [layer.mlp for layer in model.module.decoder.layers]
+    for parameter in modules[1].experts.parameters():  # which were the first layer's
+        parameter.data *= 2
 
     def double_capacity(module: Any) -> None:
         factor = 2 * module.config.moe_expert_capacity_factor

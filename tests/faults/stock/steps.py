@@ -101,6 +101,7 @@ def evaluate(layers: Layers) -> None:
 
 FAULTS = {
     "nothing": Fault(),
+    "nothing, with a capacity": Fault(capacity=True),
     "killed in the forward pass": Fault(between=then(die)),
     "killed in an expert": Fault(prepare=lambda layers: layers.each_expert(1, die)),
     "killed in an exchange": Fault(prepare=die_in_exchange),
@@ -118,7 +119,7 @@ FAULTS = {
     ),
     "another dtype": Fault(tokens=lambda tokens: tokens.bfloat16()),
     "another hidden size": Fault(build={"hidden": 2 * HIDDEN}),
-    "another top-k": Fault(build={"top_k": 1}),
+    "another top-k": Fault(build={"top_k": 3}),
     "ten times slower": Fault(between=then(lambda: time.sleep(3))),
     "no tokens": Fault(tokens=lambda tokens: tokens[:0]),
     "all tokens to one expert": Fault(prepare=lambda layers: layers.favour(), tokens=torch.abs, on_all_ranks=True),
