@@ -28,10 +28,13 @@ class RankError(AssertionError):
 
 
 class RankTimeout(RankError):  # noqa: N818 - reads as what happened
-    """Some ranks did not return in time; `stuck` lists them, the message holds their Python stacks."""
+    """Some ranks did not return in time; `stuck` lists them, the message holds their Python stacks.
 
-    def __init__(self, message: str, stuck: Sequence[int]) -> None:
-        super().__init__(message)
+    `outcomes` holds those of the others, failed or not.
+    """
+
+    def __init__(self, message: str, stuck: Sequence[int], outcomes: Sequence[RankOutcome] = ()) -> None:
+        super().__init__(message, outcomes)
         self.stuck = tuple(stuck)
 
 
@@ -134,7 +137,8 @@ def _raise_if_stuck(everyone: Everyone, replies: Mapping[int, Any], task: str) -
     for rank in stuck:
         stacks = everyone[rank].stacks() or "(the process did not answer the request for its stacks)"
         lines += [f"--- rank {rank} is here\n{stacks.rstrip()}", *_printed(rank, everyone[rank])]
-    raise RankTimeout("\n".join(lines), stuck)
+    outcomes = [reply for _, reply in sorted(replies.items()) if isinstance(reply, RankOutcome)]
+    raise RankTimeout("\n".join(lines), stuck, outcomes)
 
 
 def _close(everyone: Everyone) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from benchmarks.cluster import ClusterSpec, run_on_cluster
 from tests.faults.stock import saves, steps
 from tests.faults.stock.layers import FRAMEWORKS
-from tests.harness.ranks import RankPool
+from tests.harness.ranks import RankPool, RankTimeout
 
 RANKS = 4
 LINKS = {"a link cut": ("cut",), "a link at 1 % of its rate": ("slow", "1mbit"), "no change of a link": ("none",)}
@@ -27,20 +27,18 @@ FAULTS = (*steps.FAULTS, *saves.SAVES, *LINKS)
 def watch(function: Callable[..., steps.Found], *arguments: object, seconds: float) -> dict[int, steps.Found]:
     """What every rank ended with; those that hang are there with the seconds."""
     pool = RankPool(preload=False)
+    found: dict[int, steps.Found] = {}
     try:
         outcomes = pool.run(RANKS, function, *arguments, expect_failure=True, fresh=True, timeout=seconds)
-    except AssertionError as error:
-        stuck = getattr(error, "stuck", ())
-        found = {rank: steps.Found("hangs", seconds) for rank in stuck}
-        return found | {rank: steps.Found("ended", 0.0) for rank in range(RANKS) if rank not in stuck}
+    except RankTimeout as error:
+        outcomes = error.outcomes
+        found = {rank: steps.Found("hangs", seconds) for rank in error.stuck}
     finally:
         pool.close()
-    return {
-        outcome.rank: steps.Found(f"{outcome.error}: {outcome.message}", outcome.seconds)
-        if outcome.failed
-        else outcome.result
-        for outcome in outcomes
-    }
+    for outcome in outcomes:
+        failed = steps.Found(f"{outcome.error}: {outcome.message}", outcome.seconds)
+        found[outcome.rank] = failed if outcome.failed else outcome.result
+    return found
 
 
 def lines(found: dict[int, steps.Found], usual: dict[int, steps.Found]) -> Iterator[str]:
@@ -78,7 +76,7 @@ def show(framework: str, fault: str, seconds: float) -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = watch(saves.save_twice, framework, fault, folder, seconds=seconds)
             report(f"{framework}, {fault}", lines(found, {}))
-            report("  then", lines(watch(saves.load, framework, folder, seconds=seconds), {}))
+            report("  then", lines(watch(saves.load, framework, fault, folder, seconds=seconds), {}))
         return
     for planmoe in (False, True):
         it = steps.FAULTS[fault]

@@ -23,7 +23,7 @@ class Layers:
     modules: list[nn.Module]
     experts: Callable[[nn.Module], Any]  # this rank's of a module
     router_weight: Callable[[nn.Module], torch.Tensor]  # [experts, H]
-    double_capacity: Callable[[nn.Module], None]
+    double_capacity: Callable[[], None]
 
     def each_expert(self, index: int, action: Callable[[], None]) -> None:
         """Call `action` when an expert of a layer runs here."""
@@ -56,8 +56,9 @@ def deepspeed_layers(planmoe: Mapping[str, Any] | None, hidden: int, top_k: int,
 
         planmoe_ds.activate(modules, dict(planmoe))
 
-    def double_capacity(module: Any) -> None:
-        module.deepspeed_moe.gate.capacity_factor *= 2
+    def double_capacity() -> None:
+        for module in modules:
+            module.deepspeed_moe.gate.capacity_factor *= 2
 
     return Layers(
         functions=[lambda rows, module=module: module(rows)[0] for module in modules],  # type: ignore[misc]
@@ -68,8 +69,10 @@ def deepspeed_layers(planmoe: Mapping[str, Any] | None, hidden: int, top_k: int,
     )
 
 
-def megatron_layers(planmoe: Mapping[str, Any] | None, hidden: int, top_k: int, capacity: bool) -> Layers:
-    """megatron.core's MoELayer of SequentialMLP, dropless unless `capacity` (drop and pad)."""
+def megatron_layers(
+    planmoe: Mapping[str, Any] | None, hidden: int, top_k: int, capacity: bool, ep_size: int | None = None
+) -> Layers:
+    """megatron.core's MoELayer of SequentialMLP, dropless unless `capacity` (drop and pad); ep_size: all ranks."""
     from tests.megatron.cases import PAD, Case
     from tests.megatron.training import make_chunks, make_config, start
 
@@ -79,7 +82,7 @@ def megatron_layers(planmoe: Mapping[str, Any] | None, hidden: int, top_k: int, 
         "moe_router_load_balancing_type": "none",
         **(PAD if capacity else {}),
     }
-    case = Case("faults", expert=dist.get_world_size(), config=config)
+    case = Case("faults", expert=ep_size or dist.get_world_size(), config=config)
     start(case)
     model = make_chunks(case, make_config(case))[0]
     if planmoe is not None:
@@ -90,12 +93,12 @@ def megatron_layers(planmoe: Mapping[str, Any] | None, hidden: int, top_k: int, 
     for parameter in modules[1].experts.parameters():  # which were the first layer's
         parameter.data *= 2
 
-    def double_capacity(module: Any) -> None:
-        factor = 2 * module.config.moe_expert_capacity_factor
-        module.token_dispatcher.config = module.router.config = dataclasses.replace(
-            module.config, moe_expert_capacity_factor=factor
-        )
-        module.token_dispatcher.moe_expert_capacity_factor = factor
+    def double_capacity() -> None:
+        for module in modules:
+            factor = 2 * module.config.moe_expert_capacity_factor
+            config = dataclasses.replace(module.config, moe_expert_capacity_factor=factor)
+            module.token_dispatcher.config = module.router.config = config
+            module.token_dispatcher.moe_expert_capacity_factor = factor
 
     return Layers(
         functions=[lambda rows, module=module: module(rows)[0] for module in modules],  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ FAULTS = {
     "killed in an exchange": Fault(prepare=die_in_exchange),
     "killed in the backward pass": Fault(between=lambda tokens: in_backward(tokens, die)),
     "hangs": Fault(between=then(lambda: time.sleep(LONG))),
+    "freezes": Fault(between=then(lambda: os.kill(os.getpid(), signal.SIGSTOP))),
     "ends its program": Fault(between=then(end_program)),
     "out of memory in an expert": Fault(prepare=lambda layers: layers.each_expert(1, run_out_of_memory)),
     "skips a layer": Fault(order=(1,)),
@@ -114,9 +116,7 @@ FAULTS = {
     "calls a layer once more": Fault(order=(0, 0, 1)),
     "evaluates alone": Fault(gradients=False),
     "evaluates before its backward pass": Fault(before_backward=evaluate),
-    "another capacity": Fault(
-        prepare=lambda layers: [layers.double_capacity(module) for module in layers.modules] and None, capacity=True
-    ),
+    "another capacity": Fault(prepare=lambda layers: layers.double_capacity(), capacity=True),
     "another dtype": Fault(tokens=lambda tokens: tokens.bfloat16()),
     "another hidden size": Fault(build={"hidden": 2 * HIDDEN}),
     "another top-k": Fault(build={"top_k": 3}),
