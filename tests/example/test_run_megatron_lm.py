@@ -14,13 +14,14 @@ from tests.example.conftest import EXAMPLE, TIMEOUT_SECONDS, environment_of_rank
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SCRIPT = """
-import os, sys
+import os, pathlib, sys
 import torch, torch.distributed as dist
 dist.init_process_group("gloo")
 total = torch.tensor(dist.get_rank() + 1)
 dist.all_reduce(total)
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-print("found", *(os.environ[name] for name in names), int(total), "megatron_patches" in sys.modules, *sys.argv[1:])
+found = [*(os.environ[name] for name in names), str(int(total)), str("megatron_patches" in sys.modules), *sys.argv[1:]]
+pathlib.Path(__file__).with_name(f"found.{dist.get_rank()}").write_text(" ".join(found))
 dist.destroy_process_group()
 """
 SRUN = """#!/bin/sh
@@ -65,8 +66,8 @@ def test_a_launcher_starts_the_script(checkout: Path, launcher: str) -> None:
     path = f"{checkout.parent / 'slurm'}:{os.environ['PATH']}"
     done = run(checkout, launcher, "pretrain_gpt.py", "--num-experts", "8", **JOB, PATH=path)
     assert done.returncode == 0, done.stderr
-    found = sorted(line for line in done.stdout.splitlines() if line.startswith("found"))
-    assert found == [f"found {rank} {rank} 2 2 3 True --num-experts 8" for rank in range(2)], done.stdout + done.stderr
+    found = [path.read_text() for path in sorted(checkout.glob("found.*"))]  # what ranks print at once may be mixed up
+    assert found == [f"{rank} {rank} 2 2 3 True --num-experts 8" for rank in range(2)], done.stdout + done.stderr
 
 
 def test_mistakes_are_told(checkout: Path) -> None:
