@@ -12,7 +12,7 @@ from planmoe_ds.errors import PlanMoEError, PlanMoEMismatchError
 from planmoe_ds.job_store import job_store
 
 PREFIX = "agreement"
-PATIENCE = timedelta(minutes=10)  # how far apart ranks may reach the start
+PATIENCE = timedelta(minutes=10)  # how far apart ranks may reach the start; at most half the process group's timeout
 OFF_PATIENCE = timedelta(seconds=15)  # the same for a rank where planmoe is off: the others may never ask
 UNHEARD = "planmoe is off on rank 0, which did not wait for "
 ENABLED = "planmoe.enabled"
@@ -33,7 +33,8 @@ def check_agreement(settings: dict[str, str]) -> None:
     call = store.add(f"calls/{rank}", 1)  # several engines in one job: each has a round of its own
     store.set(f"{call}/{rank}", json.dumps(settings))
     is_off = settings.get(ENABLED) == "False"
-    patience = OFF_PATIENCE if is_off else PATIENCE
+    timeout: timedelta = store.timeout  # type: ignore[attr-defined]
+    patience = min(OFF_PATIENCE if is_off else PATIENCE, timeout / 2)
     if rank == 0:
         store.set(f"{call}/verdict", _judge(store, call, world_size, patience))
     try:
@@ -43,7 +44,7 @@ def check_agreement(settings: dict[str, str]) -> None:
     if is_off and (verdict is None or verdict.startswith(UNHEARD)):
         return
     if verdict is None:
-        raise PlanMoEMismatchError(f"rank 0 did not compare the ranks' settings within {PATIENCE * 2}")
+        raise PlanMoEMismatchError(f"rank 0 did not compare the ranks' settings within {patience * 2}")
     if verdict:
         raise PlanMoEMismatchError(verdict)
 

@@ -92,7 +92,7 @@ class PlanMoEConfig(Section):
         None,
         ge=0.001,
         le=7 * 24 * 3600,
-        description="bound of every wait for a peer; by default the process group's timeout",
+        description="bound of every wait for a peer in a layer; by default the process group's timeout",
     )
 
     @field_validator("comm")

@@ -164,6 +164,10 @@ void spread_rows(const AbstractCompressor& codec, const at::Tensor& wire, const 
   }
   const auto* start = spread.start.const_data_ptr<int64_t>();
   const auto* target = spread.target.const_data_ptr<int64_t>();
+  for (int64_t e = 0; e < spread.target.size(0); ++e)  // peers' numbers are in them
+    TORCH_CHECK(target[e] >= 0 && target[e] < out.size(0), "planmoe: a peer sent a row for place ", target[e],
+                " of the experts' buffer, which has ", out.size(0),
+                ". The row was damaged on its way, or planmoe is not the same there");
   const auto* bytes = wire.const_data_ptr<uint8_t>();
   const int64_t stride = wire.stride(0);
   PLANMOE_DISPATCH(dtype, "spread_rows", [&] {

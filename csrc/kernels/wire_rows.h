@@ -42,7 +42,8 @@ void sum_rows(const AbstractCompressor& codec, const at::Tensor& wire, at::Scala
 // Whether sum_rows takes wires of activations of `dtype` on `device`.
 bool sums_on_device(const AbstractCompressor& codec, at::ScalarType dtype, const at::Tensor& like);
 
-// out[target[e]] = decode(wire[i]), times weight[e] if `weighted`, for the entries e of every wire row i.
+// out[target[e]] = decode(wire[i]), times weight[e] if `weighted`, for the entries e of every wire row i. On the CPU a
+// place that `out` does not have is an error.
 void spread_rows(const AbstractCompressor& codec, const at::Tensor& wire, const Spread& spread, bool weighted,
                  at::Tensor out);
 

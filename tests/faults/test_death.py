@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 import planmoe_ds.watchdog as watchdog_module
+from planmoe_ds.chunking import Chunking
+from planmoe_ds.rows import order_rows
+from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows
 from tests.engine.support import rank_device
 from tests.faults.layers import HIDDEN, Model, batch, die, in_backward, notice, seconds_until_error
 from tests.harness.ranks import RankPool
@@ -210,6 +213,23 @@ def test_agreements_are_watched(ranks: RankPool, action: Any) -> None:
         words = f"rank {ODD} stopped in agreeing" if action is run_out_of_memory else "adding up what tasks took"
         assert words in message, message
         assert seconds < (12 if rank != ODD else 40)
+
+
+def gather() -> tuple[float, str, str]:
+    """The rows of tensor-parallel ranks, of which the odd one is late."""
+    group = Model({"timeout_seconds": 3}).layers[0].group
+    split = TensorParallelSplit(group.rank, group.size, group)
+    orders = [order_rows(torch.zeros(1, 2), torch.zeros(1, 2), group.size, Chunking(1), group.size)] * group.size
+    dist.barrier()
+    if dist.get_rank() == ODD:
+        time.sleep(8)
+    return seconds_until_error(lambda: gather_rows(torch.ones(2, HIDDEN), orders, split))
+
+
+def test_gathering_between_tensor_parallel_ranks_is_watched(ranks: RankPool) -> None:
+    for _, kind, message in ranks.run(4, gather, fresh=True, timeout=60):
+        assert kind == "PlanMoEError", message
+        assert "the exchange of rows between tensor-parallel ranks" in message, message
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)

@@ -63,6 +63,14 @@ def another_top_k(model: Model) -> None:
     model.forward(*batch(top_k=3 if dist.get_rank() == ODD else 2))
 
 
+def another_number_of_chunks(model: Model) -> None:
+    layer = model.layers[0]
+    layer.group.__dict__["counts_width"] = 128  # activate() makes it wide enough for any number of chunks
+    if dist.get_rank() == ODD:
+        model.layers[0] = dataclasses.replace(layer, config=layer.config.model_copy(update={"chunks": 3}))
+    model.layer(0, *batch())
+
+
 def another_dtype(model: Model) -> None:
     tokens, experts = batch()
     if dist.get_rank() == ODD:
@@ -101,6 +109,7 @@ CASES: dict[Any, list[str]] = {
     evaluate_before_backward: ["rank 2 waits in layer 0 forward, plan", "layer 1 backward, dispatch of chunk 0"],
     call_once_more: ["how often they called the layer: rank 0: 1; rank 1: 1; rank 2: 2; rank 3: 1"],
     another_top_k: ["disagree on routes_per_token: rank 0: 2; rank 1: 2; rank 2: 3; rank 3: 2"],
+    another_number_of_chunks: ["disagree on num_chunks: rank 0: 2; rank 1: 2; rank 2: 3; rank 3: 2"],
     another_dtype: ["disagree on dtype: rank 0: float32; rank 1: float32; rank 2: bfloat16; rank 3: float32"],
     another_hidden_size: [f"disagree on hidden_size: rank 0: {HIDDEN}; rank 1: {HIDDEN}; rank 2: {2 * HIDDEN}"],
     another_config: ["disagree on planmoe's settings or version: rank 0: digest", "Install one planmoe_ds everywhere"],

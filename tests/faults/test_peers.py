@@ -5,15 +5,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import planmoe_ds.layer as layer_module
 from planmoe_ds.counts import Counts
 from planmoe_ds.group import NUM_LINKS
 from planmoe_ds.rows import Integers
+from planmoe_ds.wire import TokenColumns, token_columns
 from tests.engine.support import drop_groups
 from tests.faults.layers import Model, batch, seconds_until_error
 from tests.harness.ranks import RankPool
@@ -67,6 +70,31 @@ def test_counts_that_cannot_be(ranks: RankPool, settings: dict[str, object]) -> 
             assert kind == "PlanMoEMismatchError", (name, rank, kind, message)
             assert f"layer 1: what ranks [{ODD}] say that they send to rank 0 cannot be" in message, (name, message)
             assert seconds < 8, (name, rank, seconds)
+
+
+def send_to_place(place: int) -> tuple[float, str, str]:
+    """Rank ODD's rows say that they belong so far from where its rows begin in the experts' buffer."""
+    model = Model({"exactness": "exact", "chunks": 1})
+    hidden = model.layer(0, *batch())
+
+    def columns(*arguments: Any) -> TokenColumns:
+        usual = token_columns(*arguments)
+        if dist.get_rank() == ODD:
+            places = usual.bytes_T[:, usual.place_column : usual.id_column]
+            places.copy_(torch.full((places.shape[0], usual.top_k), place, dtype=torch.int32).view(torch.uint8))
+        return usual
+
+    dist.barrier()
+    with patch.object(layer_module, "token_columns", columns):
+        return seconds_until_error(lambda: model.layer(1, hidden, batch()[1]))
+
+
+@pytest.mark.parametrize("place", [1 << 30, -(1 << 30)])
+def test_places_that_are_not_there(ranks: RankPool, place: int) -> None:
+    for rank, (seconds, kind, message) in enumerate(ranks.run(4, send_to_place, place, fresh=True, timeout=60)):
+        assert kind in ("RuntimeError", "PlanMoEError"), (rank, message)
+        assert "a peer sent a row for place" in message, (rank, message)
+        assert seconds < 8, (rank, seconds)
 
 
 def listening() -> int:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
+
 import pytest
 import torch.distributed as dist
 
 import planmoe_ds.job_store as job_store_module
-from planmoe_ds.agreement import judge
+from planmoe_ds.agreement import check_agreement, judge
+from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.job_store import job_store
+from tests.harness.ranks import RankPool
 
 ON = {"planmoe.enabled": "True", "planmoe.chunks": "2"}
 
@@ -48,3 +53,21 @@ def test_every_restart_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert job_store().check(["failed"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert not job_store().check(["failed"])
+
+
+def start_late() -> float:
+    """Seconds that a rank waits, one of which starts when the other has given it up."""
+    dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=4))  # as init_process_group(timeout=…)
+    dist.barrier()
+    time.sleep(5 * dist.get_rank())
+    start = time.monotonic()
+    with pytest.raises(PlanMoEMismatchError, match=r"ranks \[1\] did not report their settings"):
+        check_agreement(ON)
+    return time.monotonic() - start
+
+
+@pytest.mark.distributed
+def test_half_the_process_groups_timeout_is_waited_for_a_late_rank(ranks: RankPool) -> None:
+    waited, late = ranks.run(2, start_late, fresh=True)
+    assert 1.9 < waited < 4  # a FileStore counts whole seconds
+    assert late < 1
