@@ -36,8 +36,8 @@ pretrain: $(COMPILED) ## train a small GPT-MoE for about a minute; again: contin
 	    $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) \
 	    examples/gpt_moe/pretrain_deepspeed.py --steps $(STEPS) --output $(OUTPUT) $(ARGS)
 
-pretrain-megatron: $(COMPILED) ## the same with megatron.core instead of DeepSpeed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+pretrain-megatron: $(COMPILED) ## the same with megatron.core instead of DeepSpeed, and its option names
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(if $(filter cpu,$(ACCELERATOR)),CUDA_VISIBLE_DEVICES=) \
 	    $(BIN)/python -m torch.distributed.run --standalone --nproc_per_node=$(RANKS) \
 	    examples/gpt_moe/pretrain_megatron.py --train-iters $(STEPS) --save $(OUTPUT)_megatron $(ARGS)
 

@@ -110,7 +110,6 @@ def _exchange(model: ModelShape, costs: ClusterCosts, topology: Topology, featur
         row_bytes=row_bytes,
         top_k=model.top_k,
         num_experts=model.num_experts,
-        once_per_rank=True,
     )
     found = predict(features.comm, costs, topology, traffic)
     legs = [

@@ -26,16 +26,14 @@ SERIAL_COMMS = ("hierarchical",)  # whose legs inside nodes and between them fol
 class LayerTraffic:
     """What one MoE layer sends; ValueError for what no layer can send.
 
-    `row_bytes`: of one token's row on the wire. `once_per_rank`: a token goes once to every rank that has an expert
-    for it, instead of once for every expert; dedup always does so. `num_pieces`: into how many dedup cuts a message
-    between nodes at most, to pass the first ones on while the others arrive.
+    `row_bytes`: of one token's row on the wire, which goes once to every rank that has an expert for it. `num_pieces`:
+    into how many dedup cuts a message between nodes at most, to pass the first ones on while the others arrive.
     """
 
     tokens_per_rank: int
     row_bytes: int
     top_k: int
     num_experts: int
-    once_per_rank: bool = False
     num_pieces: int = 8
 
     def __post_init__(self) -> None:
@@ -147,8 +145,7 @@ class _Rows:
         self.num_ranks = topology.num_ranks
         self.ranks_on = topology.ranks_per_node
         per_rank = traffic.num_experts // topology.num_ranks
-        self.once = traffic.chance_of_any(per_rank)
-        self.copies = self.once if traffic.once_per_rank else traffic.top_k / topology.num_ranks
+        self.copies = traffic.chance_of_any(per_rank)
         self.node_wanted = [traffic.chance_of_any(per_rank * count) for count in self.ranks_on]
 
     def on_rail(self, node: int, index: int) -> int:
@@ -196,7 +193,7 @@ def _dedup(wires: _Wires, rows: _Rows) -> Prediction:
     def intra_rows(node: int, index: int) -> float:
         passed_for = rows.on_rail(node, index)
         sent = (rows.ranks_on[node] - 1) * (1 + passed_for)
-        return rows.once * max(sent, rows.num_ranks - 1 - passed_for)
+        return rows.copies * max(sent, rows.num_ranks - 1 - passed_for)
 
     def inter_rows(node: int, index: int) -> float:
         sent = sum(rows.node_wanted) - rows.node_wanted[node]

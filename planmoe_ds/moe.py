@@ -13,7 +13,7 @@ class MoE(DeepSpeedMoE):
     """deepspeed.moe.layer.MoE that goes through planmoe without a "planmoe" section in the config.
 
     Arguments and results are DeepSpeed's. `deepspeed.initialize` switches it on, with the config's "planmoe" section
-    if there is one and the defaults otherwise; so does `planmoe_ds.activate(model)` for models without an engine.
+    if there is one and as with `true` otherwise; so does `planmoe_ds.activate(model)` for models without an engine.
     """
 
     planmoe_drop_in = True

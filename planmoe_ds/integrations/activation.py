@@ -37,7 +37,6 @@ class LayerFacts:
     dtype: torch.dtype
     top_k: int
     num_experts: int
-    once_per_rank: bool
     place_of_source: tuple[int, ...] | None = None
 
     def traffic(self) -> LayerTraffic:
@@ -47,7 +46,6 @@ class LayerFacts:
             row_bytes=self.hidden_size * self.dtype.itemsize,
             top_k=self.top_k,
             num_experts=self.num_experts,
-            once_per_rank=self.once_per_rank,
         )
 
 

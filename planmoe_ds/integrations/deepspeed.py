@@ -224,7 +224,6 @@ def _facts(layer: MOELayer) -> LayerFacts:
         dtype=next(layer.experts.parameters()).dtype,
         top_k=layer.gate.k,
         num_experts=layer.ep_size * layer.num_local_experts,
-        once_per_rank=True,
     )
 
 

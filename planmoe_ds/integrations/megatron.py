@@ -266,5 +266,5 @@ def _facts(layer: MoELayer) -> LayerFacts:
     return LayerFacts(
         group=str(ranks), ranks=ranks, hidden_size=config.hidden_size, dtype=next(layer.experts.parameters()).dtype,
         top_k=config.moe_router_topk * dispatcher.tp_size, num_experts=config.num_moe_experts * dispatcher.tp_size,
-        once_per_rank=False, place_of_source=place_of_source(dispatcher.ep_size, dispatcher.tp_size),
+        place_of_source=place_of_source(dispatcher.ep_size, dispatcher.tp_size),
     )  # fmt: skip

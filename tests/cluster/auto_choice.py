@@ -16,7 +16,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     config = parse_config({"comm": "auto", "exactness": sys.argv[1]})
-    traffic = LayerTraffic(tokens_per_rank=2048, row_bytes=2048, top_k=4, num_experts=16, once_per_rank=True)
+    traffic = LayerTraffic(tokens_per_rank=2048, row_bytes=2048, top_k=4, num_experts=16)
     world = list(range(dist.get_world_size()))
     group = connect({"experts": world}, config, torch.device("cpu"), {"experts": traffic})["experts"]
     if group.rank == 0:

@@ -257,7 +257,8 @@ def test_lossless_carries_every_bit_or_says_beforehand_that_it_cannot() -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    known = "bf16, fp8, hadamard_int8, installed-copy, int4, int8, lossless, none, python-bf16, zfp"
+    known = ", ".join(compressor_names())
+    assert known.startswith("bf16, fp8, ")
     for name in ("int9", "int9:4"):
         with pytest.raises(ValueError, match=f"unknown compressor 'int9'; known: {known}"):
             make_compressor(name)
