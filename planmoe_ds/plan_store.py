@@ -24,7 +24,7 @@ _NONE, _REFUSED = 0, -1  # else the number of chunks
 
 @dataclass(frozen=True)
 class PlanStore:
-    """One layer's file in a folder. facts: what its costs depend on besides the cluster, by name."""
+    """A layer's files in a folder, one per group of ranks. facts: what its costs depend on besides the cluster."""
 
     folder: Path
     layer: int
@@ -39,7 +39,7 @@ class PlanStore:
         error: StoredPlanError | None = None
         if group.rank == 0:
             try:
-                plan = load_plan(self._path, _cluster(group), facts, num_chunks)
+                plan = load_plan(self._path(group), _cluster(group), facts, num_chunks)
                 message[0] = _NONE
                 if plan is not None:
                     costs = vector_of(*plan.costs())
@@ -50,7 +50,7 @@ class PlanStore:
                 message[0] = _REFUSED
         message = group.told_by_first(message, "reading a stored plan")
         if message[0] == _REFUSED:
-            reason = f"rank {group.global_ranks[0]} cannot use {self._path}" if error is None else str(error)
+            reason = f"rank {group.global_ranks[0]} cannot use {self._path(group)}" if error is None else str(error)
             raise PlanMoEConfigError(f"planmoe.plans: {reason}") from error
         stored = int(message[0])
         return None if stored == _NONE else message[1 : 1 + 2 * stored * COLUMNS].reshape(2, stored, COLUMNS)
@@ -61,13 +61,13 @@ class PlanStore:
         if group.rank != 0 or forward is None:
             return
         try:
-            save_plan(self._path, _cluster(group), facts, forward, backward)
+            save_plan(self._path(group), _cluster(group), facts, forward, backward)
         except OSError as error:
-            _logger.warning("planmoe: %s cannot be written (%s), the next run learns again", self._path, error)
+            _logger.warning("planmoe: %s cannot be written (%s), the next run learns again", self._path(group), error)
 
-    @property
-    def _path(self) -> Path:
-        return self.folder / f"layer-{self.layer}.json"
+    def _path(self, group: ExpertGroup) -> Path:
+        """Of one group: layers of other pipeline stages have the same numbers, and other groups other costs."""
+        return self.folder / f"layer-{self.layer}-from-rank-{group.global_ranks[0]}.json"
 
 
 def _cluster(group: ExpertGroup) -> dict[str, str]:

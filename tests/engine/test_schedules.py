@@ -12,8 +12,11 @@ import torch.distributed as dist
 from torch import nn
 
 import planmoe_ds
+from planmoe_ds.config import PlanMoEConfig
 from planmoe_ds.executor import Order, vector_of
 from planmoe_ds.gradients import ExpertGraph, linear_calls, splittable, used_once
+from planmoe_ds.group import connect
+from planmoe_ds.plan_store import PlanStore
 from planmoe_ds.planner import DRIFT, MEASURED, WARM_UP, CallOrders
 from planmoe_ds.plugins import PLUGINS
 from planmoe_ds.scheduling import ChunkCosts, ExchangeCosts, Kind, TaskGraph, layer_graph
@@ -216,12 +219,25 @@ def stored(folder: str, chunks: int, top_k: int = 1) -> int:
 def test_what_was_learnt_is_kept(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(2, stored, str(tmp_path), 3) == [WARM_UP + MEASURED] * 2
     assert ranks.run(2, stored, str(tmp_path), 3) == [0] * 2
-    path = tmp_path / "layer-0.json"
+    path = tmp_path / "layer-0-from-rank-0.json"
     path.write_text(path.read_text().replace('"nodes of the ranks": "0, 0"', '"nodes of the ranks": "0, 1"'))
     outcomes = ranks.run(2, stored, str(tmp_path), 3, expect_failure=True)
     assert [outcome.error for outcome in outcomes] == ["PlanMoEConfigError"] * 2
     assert "is a plan for another cluster: nodes of the ranks is 0, 0 and was 0, 1" in outcomes[0].message
     assert "rank 0 cannot use" in outcomes[1].message
+
+
+def paths_of_two_groups(folder: str) -> str:
+    """Of the first layer, on ranks that are in different groups."""
+    rank = dist.get_rank()
+    group = connect({"half": [0, 1] if rank < 2 else [2, 3]}, PlanMoEConfig(), rank_device())["half"]
+    return PlanStore(Path(folder), 0)._path(group).name
+
+
+@pytest.mark.distributed
+def test_every_group_has_a_plan_of_its_own(ranks: RankPool, tmp_path: Path) -> None:
+    names = ranks.run(4, paths_of_two_groups, str(tmp_path))
+    assert names == ["layer-0-from-rank-0.json"] * 2 + ["layer-0-from-rank-2.json"] * 2
 
 
 @pytest.mark.distributed

@@ -40,7 +40,7 @@ def plan(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A plan as it is written."""
     folder = tmp_path_factory.mktemp("plans")
     ranks.run(2, learn, str(folder))
-    return (folder / "layer-0.json").read_text()
+    return (folder / "layer-0-from-rank-0.json").read_text()
 
 
 def damaged(plan: str) -> dict[str, bytes]:
@@ -70,7 +70,7 @@ def damaged(plan: str) -> dict[str, bytes]:
 
 @pytest.mark.distributed
 def test_a_damaged_plan_is_refused_on_every_rank(ranks: RankPool, plan: str, tmp_path: Path) -> None:
-    path = tmp_path / "layer-0.json"
+    path = tmp_path / "layer-0-from-rank-0.json"
     path.write_text(plan)
     assert [kind for _, kind, _ in ranks.run(2, step, str(tmp_path))] == ["", ""]
     for name, content in damaged(plan).items():

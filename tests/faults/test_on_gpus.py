@@ -81,7 +81,7 @@ def test_a_straggler(gpu_ranks: RankPool) -> None:
 
 def test_a_damaged_plan_is_refused_on_every_rank(gpu_ranks: RankPool, tmp_path: Path) -> None:
     gpu_ranks.run(4, test_files.learn, str(tmp_path), fresh=True, timeout=120)
-    path = tmp_path / "layer-0.json"
+    path = tmp_path / "layer-0-from-rank-0.json"
     path.write_bytes(path.read_bytes()[:40])
     for _, kind, message in gpu_ranks.run(4, test_files.step, str(tmp_path), fresh=True, timeout=120):
         assert kind == "PlanMoEConfigError", message
