@@ -201,10 +201,11 @@ def activate(
         if config.enabled:
             for layer in layers[:1]:
                 check_supported(layer.config)
+        described = _describe(layers) if config.enabled else {}
     except PlanMoEConfigError as error:
         report_failure(str(error))
         raise
-    check_agreement({**settings_of(config), **({**(settings or {}), **_describe(layers)} if config.enabled else {})})
+    check_agreement({**settings_of(config), **((settings or {}) if config.enabled else {}), **described})
     if not config.enabled:
         return None
     session = _activate_layers(layers, config)
