@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from planmoe_ds.errors import PlanMoEError, PlanMoEMismatchError
-from planmoe_ds.job_store import job_store
+from planmoe_ds.job_store import job_store, job_timeout
 
 PREFIX = "agreement"
 PATIENCE = timedelta(minutes=10)  # how far apart ranks may reach the start; at most half the process group's timeout
@@ -33,8 +33,7 @@ def check_agreement(settings: dict[str, str]) -> None:
     call = store.add(f"calls/{rank}", 1)  # several engines in one job: each has a round of its own
     store.set(f"{call}/{rank}", json.dumps(settings))
     is_off = settings.get(ENABLED) == "False"
-    timeout: timedelta = store.timeout  # type: ignore[attr-defined]
-    patience = min(OFF_PATIENCE if is_off else PATIENCE, timeout / 2)
+    patience = min(OFF_PATIENCE if is_off else PATIENCE, job_timeout() / 2)
     if rank == 0:
         store.set(f"{call}/verdict", _judge(store, call, world_size, patience))
     try:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -32,13 +30,14 @@ from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.costs import ClusterCosts
 from planmoe_ds.errors import PlanMoEMismatchError
-from planmoe_ds.job_store import job_number
+from planmoe_ds.headers import AGREEMENT_PHASE
+from planmoe_ds.job_store import job_number, job_timeout
 from planmoe_ds.probe import run_probe
 from planmoe_ds.threads import batch_threads
 from planmoe_ds.topology import Topology, find_topology
 from planmoe_ds.watchdog import Watchdog
 
-_POLL_SECONDS = 5e-4
+_NCCL_MARGIN = timedelta(seconds=60)
 NUM_LINKS = 2  # process groups per set of ranks: one for the links inside nodes, one between them
 
 
@@ -154,32 +153,32 @@ class ExpertGroup:
         with nullcontext() if self.watchdog is None else self.watchdog.reporting(what):
             yield
 
+    def check(self) -> None:
+        """Raise the reason to stop, if there is one; on an accelerator once it has done all that was started."""
+        if self.comm.device.type != "cpu":
+            torch.get_device_module(self.comm.device).synchronize(self.comm.device)
+        if self.watchdog is not None:
+            self.watchdog.check()
+
+    def told_by_all(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        """Every rank's values, of one shape and dtype, [P, *shape] on the CPU; collective, watched as exchanges are."""
+        if self.size == 1:
+            return values.detach().cpu().unsqueeze(0)
+        row, ones = values.detach().reshape(1, -1).to(self.comm.device), [1] * self.size
+        self.comm.set_phase(AGREEMENT_PHASE)
+        arrival = self.exchange(row.repeat(self.size, 1), ones, ones)
+        assert arrival.exchange is not None
+        with self.waiting(arrival.exchange, what):
+            arrival.exchange.wait()
+            return arrival.rows.cpu().view(self.size, *values.shape)
+
     def sum_of_ranks(self, values: torch.Tensor, what: str) -> torch.Tensor:
-        """The sum of every rank's values, on the CPU; collective, and watched as exchanges are."""
-        return self._together(partial(dist.all_reduce, group=self.comm.groups[0], async_op=True), values, what)
+        """The sum of every rank's values, added in the order of ranks; see told_by_all."""
+        return self.told_by_all(values, what).sum(0)
 
     def told_by_first(self, values: torch.Tensor, what: str) -> torch.Tensor:
-        """The values of the group's first rank, on the CPU; the others' say shape and dtype. Collective, watched."""
-        first, group = self.global_ranks[0], self.comm.groups[0]
-        return self._together(partial(dist.broadcast, src=first, group=group, async_op=True), values, what)
-
-    def _together(self, start: Callable[[torch.Tensor], dist.Work], values: torch.Tensor, what: str) -> torch.Tensor:
-        on_device = values.to(self.comm.device, copy=True)
-        if self.watchdog is None:
-            start(on_device).wait()
-            return on_device.cpu()
-        with self.watchdog.waiting(self.number, next(self._collective_numbers), what):
-            work = start(on_device)
-            while on_device.is_cpu and not work.is_completed():  # nothing ends a wait of gloo's own
-                self.watchdog.check()
-                time.sleep(_POLL_SECONDS)
-            work.wait()
-            return on_device.cpu()
-
-    @cached_property
-    def _collective_numbers(self) -> Iterator[int]:
-        """One for each, the same on all ranks, and no exchange's."""
-        return itertools.count(-2, -1)
+        """The values of the group's first rank; the others' say shape and dtype; see told_by_all."""
+        return self.told_by_all(values, what)[0]
 
     def counts_filler(self, width: int) -> int:
         """Numbers to add to counts of this width, so that those of all layers are equally wide."""
@@ -257,7 +256,9 @@ def connect(
     everyone: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, my_groups)
     _check_membership(everyone)
-    timeout = timedelta(seconds=config.timeout_seconds) if config.timeout_seconds is not None else None
+    limit = job_timeout() if config.timeout_seconds is None else timedelta(seconds=config.timeout_seconds)
+    # NCCL's own watchdog ends the process and names no rank: planmoe's comes first
+    timeout = limit if device.type == "cpu" else limit + _NCCL_MARGIN
     distinct = sorted({tuple(ranks) for groups in everyone for ranks in groups.values()})
     topology = find_topology(config.ranks_per_node)
     loads = {tuple(my_groups[name]): load for name, load in (traffic or {}).items()}
@@ -277,7 +278,7 @@ def connect(
     if dist.get_world_size() > 1:
         job = job_number()
         members = {number: ranks for ranks, number in numbers.items()}
-        watchdog = Watchdog(list(comms.values()), members, config.timeout_seconds)
+        watchdog = Watchdog(list(comms.values()), members, limit.total_seconds())
     connected: dict[tuple[int, ...], ExpertGroup] = {}
     for ranks, comm in comms.items():
         width = _counts_width(comm, loads.get(ranks), _most_chunks(config))

@@ -18,6 +18,7 @@ from planmoe_ds.errors import PlanMoEMismatchError
 _PHASES = ("without gradients", "with gradients", "inside backward")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PLAN_PHASE = 0  # of the exchange that carries headers: ranks in different layers must understand each other
+AGREEMENT_PHASE = 127  # of exchanges in which a group's ranks tell each other a few numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import uuid
+from datetime import timedelta
 
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+_GLOO = timedelta(minutes=30)  # torch's for gloo
 
 
 def job_store() -> Store:
@@ -20,3 +24,11 @@ def job_store() -> Store:
 def job_number() -> int:
     """One that whichever rank asks first chooses at random: positive, of 56 bits, the same on every rank of the job."""
     return int(job_store().compare_set("number", "", uuid.uuid4().hex[:14]), 16)
+
+
+def job_timeout() -> timedelta:
+    """How long the job's own process group waits: the longest of its backends' times."""
+    group = dist.group.WORLD
+    assert group is not None
+    backends = [group._get_backend(device) for device in group._device_types]
+    return max((backend.options._timeout for backend in backends if hasattr(backend, "options")), default=_GLOO)

@@ -9,22 +9,55 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from planmoe_ds.chunking import Chunking
+from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.group import ExpertGroup
+from planmoe_ds.headers import AGREEMENT_PHASE, pass_phase
 from planmoe_ds.plan import NO_ROUTE, Routes
-from planmoe_ds.rows import RowOrder, add_at
+from planmoe_ds.rows import RowOrder, add_at, order_rows
+from planmoe_ds.trace import Phase
 
 
 @dataclass(frozen=True)
 class TensorParallelSplit:
-    """This rank's place in a tensor-parallel group of `size` ranks."""
+    """This rank's place in a layer's tensor-parallel group of `size` ranks."""
 
     rank: int
     size: int
     group: ExpertGroup
+    layer: int
+
+    def check_alike(self, routes: Routes) -> None:
+        """PlanMoEMismatchError unless all ranks send as many tokens to the same experts; every rank calls this.
+
+        What a rank gets from the others is laid out by its own routes.
+        """
+        what = f"layer {self.layer} forward, comparing the routes of tensor-parallel ranks"
+        with self.group.working(what, AGREEMENT_PHASE):
+            told = self.group.told_by_all(_fingerprint(routes), what).tolist()
+            holders: dict[tuple[int, ...], list[int]] = {}
+            for rank, numbers in zip(self.group.global_ranks, told, strict=True):
+                holders.setdefault(tuple(numbers), []).append(rank)
+            if len(holders) > 1:
+                ways = "; ".join(f"one way on ranks {ranks}" for ranks in holders.values())
+                raise PlanMoEMismatchError(
+                    f"layer {self.layer}: tensor-parallel ranks must route the same tokens to the same experts, but "
+                    f"they differ: {ways}. Give them the same batch, and the same seed where the router draws noise"
+                )
 
     def parts(self, routes: Routes) -> list[Routes]:
         """Every rank's share of the routes; each rank computes all of them from the same decision."""
         return [self._part(routes, rank) for rank in range(self.size)]
+
+    def orders(self, routes: Routes, num_holders: int) -> list[RowOrder]:
+        """Every rank's rows for the experts of `num_holders` ranks.
+
+        As if in one chunk: ranks of other expert-parallel groups may have other chunks.
+        """
+        return [
+            order_rows(part.expert_KT, part.slot_KT, part.num_experts, Chunking(1), num_holders)
+            for part in self.parts(routes)
+        ]
 
     def own_part(self, routes: Routes) -> Routes:
         """This rank's share."""
@@ -50,6 +83,15 @@ class TensorParallelSplit:
         return replace(routes, expert_KT=expert, slot_KT=slot, capacity=share)
 
 
+def _fingerprint(routes: Routes) -> torch.Tensor:
+    """int64 [3] that other routes hardly have: K, T, and what experts and slots are mixed to, modulo 2**64."""
+    numbers = torch.cat([routes.expert_KT.reshape(-1), routes.slot_KT.reshape(-1)]).long()
+    places = torch.arange(numbers.shape[0], device=numbers.device)
+    mixed = (numbers + 2) * 6364136223846793005 + places * 1442695040888963407
+    shape = torch.tensor(routes.expert_KT.shape, device=numbers.device)
+    return torch.cat([shape, ((mixed * mixed) ^ (mixed >> 17)).sum().view(1)])
+
+
 @dataclass(frozen=True)
 class OwnRows:
     """Rows [N, H] that one rank sends, as tokens that have one route each."""
@@ -65,7 +107,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, rows, counts: tuple[int, ...], split: TensorParallelSplit):  # type: ignore[no-untyped-def]
         ctx.first = sum(counts[: split.rank])
         ctx.num_rows = counts[split.rank]
-        return _all_rows(rows, counts, split)
+        return _all_rows(rows, counts, split, "forward")
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -89,19 +131,20 @@ class _OwnRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         counts = tuple(order.token_N.shape[0] for order in ctx.orders)
-        grads_AH = _all_rows(grad, counts, ctx.split)
+        grads_AH = _all_rows(grad, counts, ctx.split, "backward")
         by_expert = torch.argsort(torch.cat([order.expert_N for order in ctx.orders]), stable=True)
         token_A = torch.cat([order.token_N for order in ctx.orders])
         grad_tokens = grads_AH.new_zeros((ctx.num_tokens, grads_AH.shape[1]))
         return add_at(grad_tokens, token_A[by_expert], grads_AH[by_expert]), None, None
 
 
-def _all_rows(rows: torch.Tensor, counts: tuple[int, ...], split: TensorParallelSplit) -> torch.Tensor:
-    send = rows.repeat(split.size, 1)
-    arrival = split.group.exchange(send, [counts[split.rank]] * split.size, list(counts))
-    if arrival.exchange is not None:
-        with split.group.waiting(arrival.exchange, "the exchange of rows between tensor-parallel ranks"):
-            arrival.exchange.wait()
+def _all_rows(rows: torch.Tensor, counts: tuple[int, ...], split: TensorParallelSplit, phase: Phase) -> torch.Tensor:
+    what = f"layer {split.layer} {phase}, the exchange of rows between tensor-parallel ranks"
+    with split.group.working(what, pass_phase(split.layer, phase)):
+        arrival = split.group.exchange(rows.repeat(split.size, 1), [counts[split.rank]] * split.size, list(counts))
+        if arrival.exchange is not None:
+            with split.group.waiting(arrival.exchange, what):
+                arrival.exchange.wait()
     return arrival.rows
 
 

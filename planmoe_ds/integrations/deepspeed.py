@@ -26,6 +26,7 @@ from torch import nn
 from planmoe_ds import __version__
 from planmoe_ds.agreement import check_agreement
 from planmoe_ds.auto_planner import ChoiceLog
+from planmoe_ds.compression import AUTO
 from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
 from planmoe_ds.equal_experts import share_storage
 from planmoe_ds.errors import PlanMoEConfigError
@@ -78,7 +79,8 @@ class PlanMoELayer(MOELayer):  # type: ignore[misc]
         if split is None:
             output = self.planmoe.forward(tokens, routes, experts)
         else:
-            orders = [self.planmoe.order(part) for part in split.parts(routes)]
+            split.check_alike(routes)
+            orders = split.orders(routes, self.planmoe.group.size)
             own = own_rows(tokens, orders, routes, split)
             rows = self.planmoe.route_outputs(own.rows, own.routes, experts)
             output = combine(gather_rows(rows, orders, split), split.row_of_route(orders), routes.weight_KT)
@@ -141,7 +143,12 @@ def configure(engine: Any, config: PlanMoEConfig) -> Session | None:
         return None
     layers = _moe_layers(engine.module)
     session = _activate_layers(layers, config, torch.device(engine.device))
-    watch_checkpoints(engine, [layer.ep_size for layer in layers])
+
+    def check() -> None:
+        for layer in layers:
+            layer.planmoe.group.check()
+
+    watch_checkpoints(engine, [layer.ep_size for layer in layers], check)
     return session
 
 
@@ -189,6 +196,8 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
     if device.type == "cuda":
         for layer in layers:  # the optimizer, which keeps views, is not built yet
             share_storage(list(layer.experts.deepspeed_experts))
+    if _splits_experts():
+        config = _same_in_all_groups(config)
     speaks = dist.get_rank() == 0
     made = make_engine_layers(
         [_facts(layer) for layer in layers], config, device, speaks=speaks, more_groups=more_groups
@@ -197,15 +206,30 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
     for index, (layer, engine_layer) in enumerate(zip(layers, made.layers, strict=True)):
         layer.__class__ = PlanMoELayer
         layer.planmoe = engine_layer
-        layer.tensor_parallel = _split(made.groups, tensor_parallel_size)
+        layer.tensor_parallel = _split(made.groups, tensor_parallel_size, index)
         layer.stock_trial = None
-        if config.chooses_everything and _stock_is_bounded(layer):
+        if config.chooses_everything and tensor_parallel_size == 1 and _stock_is_bounded(layer):
             trial_log.num_waiting += 1
             report = partial(trial_log.report, index)
             layer.stock_trial = StockTrial(engine_layer.group, engine_layer.planner, report)
     if speaks:
         print(_announcement(layers, made.description), file=sys.stderr, flush=True)
     return made.session()
+
+
+def _splits_experts() -> bool:
+    return bool(groups._get_expert_model_parallel_world_size() > 1)
+
+
+def _same_in_all_groups(config: PlanMoEConfig) -> PlanMoEConfig:
+    """The config without what follows one expert-parallel group's times.
+
+    An expert that is split between tensor-parallel ranks reduces over them once per chunk, and they are in different
+    groups: with other chunks, or another order, these would wait for each other for ever, or mix their rows.
+    """
+    chosen: dict[str, object] = {"chunks": 1} if config.chunks == AUTO else {}
+    chosen |= {"scheduler": "pipelined"} if config.scheduler == AUTO else {}
+    return config.model_copy(update={**chosen, "deterministic": True})
 
 
 def _stock_is_bounded(layer: MOELayer) -> bool:
@@ -227,14 +251,14 @@ def _facts(layer: MOELayer) -> LayerFacts:
     )
 
 
-def _split(connected: dict[str, ExpertGroup], size: int) -> TensorParallelSplit | None:
+def _split(connected: dict[str, ExpertGroup], size: int, layer: int) -> TensorParallelSplit | None:
     """How tensor-parallel ranks, which hold the same tokens, divide them; None where nothing is divided.
 
     Tensor-parallel experts need every token on every one of their ranks, so there each rank sends all of its own.
     """
-    if size == 1 or groups._get_expert_model_parallel_world_size() > 1:
+    if size == 1 or _splits_experts():
         return None
-    return TensorParallelSplit(bwc_tensor_model_parallel_rank(groups.mpu), size, connected["tensor parallel"])
+    return TensorParallelSplit(bwc_tensor_model_parallel_rank(groups.mpu), size, connected["tensor parallel"], layer)
 
 
 def _announcement(layers: list[MOELayer], description: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ FILE = "planmoe.json"  # in the folder of a checkpoint's tag
 _KEY = "expert_parallel_sizes"
 
 
-def watch_checkpoints(engine: Any, expert_parallel_sizes: list[int]) -> None:
+def watch_checkpoints(engine: Any, expert_parallel_sizes: list[int], check: Callable[[], None]) -> None:
     """Let the engine's save_checkpoint write the sizes, one per MoE layer, and its load_checkpoint compare them.
 
     load_checkpoint then raises PlanMoEConfigError, on every rank, where optimizer states of other sizes are asked for;
     with load_module_only or load_optimizer_states=False it loads the weights. A checkpoint without the file, which
-    planmoe did not write, is not looked at.
+    planmoe did not write, is not looked at. check: called before anything is saved; raises where weights may come from
+    exchanges that were ended.
     """
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
     @functools.wraps(save)
     def save_checkpoint(save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        check()
         rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
         if save_dir and rank == 0:
             folder = Path(save_dir) / (f"global_step{engine.global_steps}" if tag is None else str(tag))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError
+from planmoe_ds.watchdog import Reason
 from tests.deepspeed.model import TinyModel, tell_experts_apart
 from tests.deepspeed.training import EXACT, Case, Values, difference, make_engine, train_engine, two_layers
 from tests.harness.ranks import RankPool
@@ -23,6 +25,20 @@ CASES = (
     Case("ZeRO-1", two_layers(k=2, ep_size=2), {**ADAM, "zero_optimization": {"stage": 1}}),
     Case("ZeRO-2, bf16", config={**ADAM, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}),
 )
+
+
+def save_after_a_fault(folder: str) -> tuple[str, list[str]]:
+    """What save_checkpoint raises once a reason to stop is known, and the files that it left."""
+    engine = make_engine(CASES[0], EXACT)
+    group = next(layer.planmoe.group for layer in engine.module.modules() if hasattr(layer, "planmoe"))
+    group.watchdog._monitor.reason = Reason(1, "error", "rank 1 was not heard of")
+    with pytest.raises(PlanMoEError) as caught:
+        engine.save_checkpoint(folder)
+    return str(caught.value), [path.name for path in Path(folder).iterdir()]
+
+
+def test_weights_that_may_come_from_ended_exchanges_are_not_saved(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(4, save_after_a_fault, str(tmp_path)) == [("rank 1 was not heard of", [])] * 4
 
 
 def save_then_load(case: Case, folder: str, writer: Any, reader: Any) -> Values:

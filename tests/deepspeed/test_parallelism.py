@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.deepspeed.tensor_parallel import SplitExpert, TwoByTwo, gather_works_on_gloo
-from tests.deepspeed.training import EXACT, Case, compare_with_stock, two_layers
+from tests.deepspeed.training import EXACT, Case, compare_with_stock, make_engine, two_layers
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -29,7 +29,10 @@ DATA_PARALLEL = (
     Case("one expert per rank", two_layers(k=2, num_experts=4)),
     Case("every algorithm and chunking", two_layers(k=2), sections=WIRES),
 )
+BY_SOURCE = {"exactness": "reordered", "chunks": 2, "chunk_by": "source"}  # each rank has other chunks
+LEARNING = {"exactness": "reordered", "chunks": "auto", "scheduler": "auto"}
 TENSOR_PARALLEL = (
+    Case("experts whole, by source", two_layers(k=2, ep_size=4), make_mpu=TwoByTwo, sections=(BY_SOURCE,)),
     Case("experts whole, size 2", two_layers(k=2, ep_size=2), make_mpu=TwoByTwo),
     Case("experts whole, size 4", two_layers(k=2, ep_size=4), make_mpu=TwoByTwo),
     Case("experts whole, no dropping", two_layers(k=2, drop_tokens=False), make_mpu=TwoByTwo),
@@ -71,6 +74,21 @@ def test_expert_parallel_sizes(ranks: RankPool, case: Case) -> None:
 @pytest.mark.parametrize("case", TENSOR_PARALLEL, ids=str)
 def test_tensor_parallel(ranks: RankPool, case: Case) -> None:
     assert ranks.run(4, compare_tensor_parallel, case, timeout=120) == [[]] * 4
+
+
+def choose_with_split_experts() -> list[tuple[int, bool]]:
+    """Every layer's number of chunks, and whether it is there to stay."""
+    case = Case(
+        "experts split", two_layers(k=2, ep_size=2, enable_expert_tensor_parallelism=True), make_expert=SplitExpert,
+        make_mpu=TwoByTwo,
+    )  # fmt: skip
+    planners = make_engine(case, LEARNING).planmoe.planners
+    return [(planner.num_chunks, planner.is_settled) for planner in planners]
+
+
+def test_split_experts_follow_no_groups_times(ranks: RankPool) -> None:
+    """Their ranks reduce once per chunk with ranks of other expert-parallel groups."""
+    assert ranks.run(4, choose_with_split_experts, timeout=120) == [[(1, True)] * 2] * 4
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

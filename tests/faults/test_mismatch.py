@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import planmoe_ds.layer as layer_module
-from tests.engine.support import drop_groups, routes_of, run_layer
+from planmoe_ds.tensor_parallel import TensorParallelSplit
+from tests.engine.support import drop_groups, rank_device, routes_of, run_layer
 from tests.faults.layers import HIDDEN, NUM_EXPERTS, Model, batch, in_backward, notice, seconds_until_error
 from tests.harness.ranks import RankPool
 
@@ -102,6 +103,13 @@ def another_job(model: Model) -> None:
     model.forward(*batch())
 
 
+def other_routes_of_a_tensor_parallel_rank(model: Model) -> None:
+    """As many rows, but not for the same tokens."""
+    group = model.layers[0].group
+    routes = routes_of(torch.tensor([[0, 1, 2, 3]]).roll(int(dist.get_rank() == ODD), 1).to(rank_device()), NUM_EXPERTS)
+    TensorParallelSplit(group.rank, group.size, group, layer=0).check_alike(routes)
+
+
 CASES: dict[Any, list[str]] = {
     skip_a_layer: ["disagree on the layer they are in: rank 0: 0; rank 1: 0; rank 2: 1; rank 3: 0", "same order"],
     swap_layers: ["disagree on the layer they are in: rank 0: 0; rank 1: 0; rank 2: 1; rank 3: 0"],
@@ -110,6 +118,7 @@ CASES: dict[Any, list[str]] = {
     call_once_more: ["how often they called the layer: rank 0: 1; rank 1: 1; rank 2: 2; rank 3: 1"],
     another_top_k: ["disagree on routes_per_token: rank 0: 2; rank 1: 2; rank 2: 3; rank 3: 2"],
     another_number_of_chunks: ["disagree on num_chunks: rank 0: 2; rank 1: 2; rank 2: 3; rank 3: 2"],
+    other_routes_of_a_tensor_parallel_rank: ["one way on ranks [0, 1, 3]; one way on ranks [2]", "the same batch"],
     another_dtype: ["disagree on dtype: rank 0: float32; rank 1: float32; rank 2: bfloat16; rank 3: float32"],
     another_hidden_size: [f"disagree on hidden_size: rank 0: {HIDDEN}; rank 1: {HIDDEN}; rank 2: {2 * HIDDEN}"],
     another_config: ["disagree on planmoe's settings or version: rank 0: digest", "Install one planmoe_ds everywhere"],

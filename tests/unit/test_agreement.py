@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
 
+import planmoe_ds.agreement as agreement_module
 import planmoe_ds.job_store as job_store_module
 from planmoe_ds.agreement import check_agreement, judge
 from planmoe_ds.errors import PlanMoEMismatchError
@@ -57,11 +59,13 @@ def test_every_restart_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
 def start_late() -> float:
     """Seconds that a rank waits, one of which starts when the other has given it up."""
-    dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=4))  # as init_process_group(timeout=…)
     dist.barrier()
     time.sleep(5 * dist.get_rank())
     start = time.monotonic()
-    with pytest.raises(PlanMoEMismatchError, match=r"ranks \[1\] did not report their settings"):
+    with (
+        patch.object(agreement_module, "job_timeout", lambda: timedelta(seconds=4)),
+        pytest.raises(PlanMoEMismatchError, match=r"ranks \[1\] did not report their settings"),
+    ):
         check_agreement(ON)
     return time.monotonic() - start
 
