@@ -74,12 +74,10 @@ _START = Position(-1, -1, "the start", 0.0, waits=False)
 class Watchdog:
     """One rank's view of all others; collective to make, since it names the round of this job's store.
 
-    timeout_seconds: bound of every wait, None for the process groups' own.
+    timeout_seconds: bound of every wait.
     """
 
-    def __init__(
-        self, comms: Sequence[Comm], members: Mapping[int, Sequence[int]], timeout_seconds: float | None
-    ) -> None:
+    def __init__(self, comms: Sequence[Comm], members: Mapping[int, Sequence[int]], timeout_seconds: float) -> None:
         """comms: all of this rank; members: the global ranks of its groups, by their numbers."""
         self._monitor = _Monitor(comms, members, timeout_seconds)
         self._monitor.start()
@@ -96,6 +94,8 @@ class Watchdog:
         try:
             yield
             self.check()
+            if on_device is None:
+                monitor.has_passed(group, number)
         except RuntimeError as error:
             raise monitor.explain(error, what).error() from error
         finally:
@@ -119,9 +119,7 @@ class Watchdog:
 class _Monitor(threading.Thread):
     """The thread that talks to the store; holds no reference to the Watchdog, so that it ends with it."""
 
-    def __init__(
-        self, comms: Sequence[Comm], members: Mapping[int, Sequence[int]], timeout_seconds: float | None
-    ) -> None:
+    def __init__(self, comms: Sequence[Comm], members: Mapping[int, Sequence[int]], timeout_seconds: float) -> None:
         super().__init__(name="planmoe-watchdog", daemon=True)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.position = _START
@@ -130,6 +128,8 @@ class _Monitor(threading.Thread):
         self._members = {number: tuple(ranks) for number, ranks in members.items()}
         self._timeout = timeout_seconds
         self._on_device: tuple[Position, Exchange] | None = None
+        self._passed: dict[int, int] = {}  # by group, the last exchange that this rank got past; not on accelerators
+        self._told = False  # the reason is in the store
         self._history: deque[Position] = deque(maxlen=KEPT_STEPS)
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -155,6 +155,10 @@ class _Monitor(threading.Thread):
             self._on_device = position, on_device
         if position.waits:
             self._history.append(position)
+
+    def has_passed(self, group: int, number: int) -> None:
+        """Nobody waits for this rank in that exchange any more, even if it ends."""
+        self._passed[group] = number
 
     def _place_of_wait(self) -> Position:
         """Where this rank is, or its device while the host does not wait."""
@@ -222,7 +226,7 @@ class _Monitor(threading.Thread):
             self._stop_all(Reason(self.rank, "error", text))
         if self._stopping.is_set():
             with contextlib.suppress(RuntimeError):
-                self._store.set(f"ended/{self.rank}", "1")
+                self._store.set(f"ended/{self.rank}", json.dumps(self._passed))
 
     def _watch_the_clock(self) -> None:
         """Stop a rank that waits while the store does not answer."""
@@ -248,6 +252,8 @@ class _Monitor(threading.Thread):
     def _look(self) -> None:
         if self.reason is None:
             self._read_reason()
+        elif not self._told:  # found while the store did not answer
+            self._give(self.reason)
         self._beat += 1
         self._store.set(f"pulse/{self.rank}", str(self._beat))
         position = self._place_of_wait()
@@ -270,19 +276,26 @@ class _Monitor(threading.Thread):
             if peer == self.rank:
                 continue
             theirs = self._position_of(peer)
-            if theirs is not None and theirs.waits and (theirs.group, theirs.number) == (mine.group, mine.number):
-                if theirs.what != mine.what:
-                    text = (
-                        f"ranks are in different places of one exchange: rank {self.rank} {mine.describe()}; rank "
-                        f"{peer} {theirs.describe()}. Every rank must run the same layers in the same order"
-                    )
-                    return Reason(self.rank, "mismatch", text)
-            elif self._store.check([f"ended/{peer}"]) and not self._may_be_behind(mine):
-                return self._missing(mine, peer, "ended its program")
-            if self._is_silent(peer):
+            is_here = theirs is not None and theirs.waits and (theirs.group, theirs.number) == (mine.group, mine.number)
+            if is_here and theirs is not None and theirs.what != mine.what:
+                text = (
+                    f"ranks are in different places of one exchange: rank {self.rank} {mine.describe()}; rank "
+                    f"{peer} {theirs.describe()}. Every rank must run the same layers in the same order"
+                )
+                return Reason(self.rank, "mismatch", text)
+            is_silent = self._is_silent(peer)
+            if (is_silent or not is_here) and self._store.check([f"ended/{peer}"]):
+                passed = json.loads(self._store.get(f"ended/{peer}")).get(str(mine.group), -1)
+                if passed >= mine.number:
+                    continue
+                if not self._may_be_behind(mine):
+                    return self._missing(mine, peer, "ended its program")
+            if is_silent:
                 return self._missing(mine, peer, f"has not been heard of for {SILENCE_SECONDS:g} s: it died or hangs")
-        if self._timeout is not None and time.time() - mine.since > self._timeout + 2 * self._period:
-            text = f"rank {self.rank} {mine.describe()}, longer than timeout_seconds ({self._timeout:g})"
+        if time.time() - mine.since > self._timeout + 2 * self._period:
+            text = (
+                f"rank {self.rank} {mine.describe()}, longer than the {self._timeout:g} s of timeout_seconds or the job"
+            )
             return Reason(self.rank, "error", f"{text}\n{self._where_all_are()}")
         return None
 
@@ -323,6 +336,7 @@ class _Monitor(threading.Thread):
         """Make this the reason for all ranks, unless another one came first."""
         with contextlib.suppress(RuntimeError):
             kept = self._store.compare_set(_FAILED, "", json.dumps(asdict(reason)))
+            self._told = True
             reason = Reason(**json.loads(kept))
         self._stop_all(reason)
 
@@ -331,17 +345,29 @@ class _Monitor(threading.Thread):
             if self.reason is not None:
                 return
             self.reason = reason
-        steps = [f"planmoe: rank {self.rank} stops; its last waits, oldest first:", *(s.what for s in self._history)]
-        with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe: the waits must end all the same
-            print("\n  ".join(steps), file=sys.stderr, flush=True)
+        steps = [f"planmoe: rank {self.rank} stops: {reason.text}", "its last waits, oldest first:"]
+        text = "\n  ".join([*steps, *(step.what for step in self._history)])
         comms = [comm for comm in (comm() for comm in self._comms) if comm is not None]
-        # All at once: what one frees on a device can wait for what another one still runs there.
-        aborts = [
-            threading.Thread(target=comm.abort, args=(f"planmoe: {reason.text}",), name="planmoe-abort", daemon=True)
-            for comm in comms
-        ]
-        with contextlib.suppress(RuntimeError):  # the interpreter is about to end
-            for abort in aborts:
-                abort.start()
-            for abort in aborts:
+        # All at once: what one frees on a device can wait for what another one still runs there, and a log can block.
+        printing = _start(_print_if_possible, text)
+        for abort in [_start(comm.abort, f"planmoe: {reason.text}") for comm in comms]:
+            if abort is not None:
                 abort.join()
+        if printing is not None:
+            printing.join(timeout=1)
+
+
+def _start(action: Callable[[str], None], text: str) -> threading.Thread | None:
+    """Run action(text) in a thread of its own, or at once where the interpreter is about to end and starts none."""
+    thread = threading.Thread(target=action, args=(text,), name="planmoe-stop", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        action(text)
+        return None
+    return thread
+
+
+def _print_if_possible(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe
+        print(text, file=sys.stderr, flush=True)

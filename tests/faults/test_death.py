@@ -166,9 +166,17 @@ class FullDisk(io.StringIO):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+class StoppedTerminal(io.StringIO):
+    """A log that takes nothing for long."""
+
+    def write(self, _: str) -> int:
+        time.sleep(40)
+        return 0
+
+
 def freeze_while_waiting() -> tuple[float, str, str]:
     """Rank 3 is late; of those that wait for it, the odd one freezes: its connections stay, its machine is gone."""
-    log = FullDisk() if dist.get_rank() == 1 else sys.stderr
+    log = {0: StoppedTerminal(), 1: FullDisk()}.get(dist.get_rank(), sys.stderr)
     with patch.object(watchdog_module, "SILENCE_SECONDS", 3.0), patch.object(sys, "stderr", log):
         model = Model()
         dist.barrier()
@@ -218,7 +226,7 @@ def test_agreements_are_watched(ranks: RankPool, action: Any) -> None:
 def gather() -> tuple[float, str, str]:
     """The rows of tensor-parallel ranks, of which the odd one is late."""
     group = Model({"timeout_seconds": 3}).layers[0].group
-    split = TensorParallelSplit(group.rank, group.size, group)
+    split = TensorParallelSplit(group.rank, group.size, group, layer=0)
     orders = [order_rows(torch.zeros(1, 2), torch.zeros(1, 2), group.size, Chunking(1), group.size)] * group.size
     dist.barrier()
     if dist.get_rank() == ODD:
@@ -272,6 +280,57 @@ def test_a_rank_that_ends_its_program(ranks: RankPool) -> None:
         assert kind == "PlanMoEError"
         assert f"rank {ODD} ended its program" in message
         assert seconds < 10
+
+
+def leave_when_done(silence: float) -> tuple[float, str, str]:
+    """Rank 0 waits for rows of all others, of which the odd one has ended and rank 3 is late."""
+    with patch.object(watchdog_module, "SILENCE_SECONDS", silence):
+        group = Model({"timeout_seconds": 60}).layers[0].group
+        watchdog: Any = group.watchdog
+        rank, size = group.rank, group.size
+        sent, received = [int(rank > 0), *[0] * (size - 1)], [int(rank == 0 and peer > 0) for peer in range(size)]
+        rows = torch.ones(sum(sent), 4, device=rank_device())
+        dist.barrier()
+        if rank == 3:
+            time.sleep(8)
+
+        def exchange() -> None:
+            arrival = group.exchange(rows, sent, received)
+            assert arrival.exchange is not None
+            with group.waiting(arrival.exchange, "the last exchange"):
+                arrival.exchange.wait()
+            assert rank > 0 or arrival.rows.sum() == 12
+
+        found = seconds_until_error(exchange)
+        if rank == ODD:
+            watchdog._monitor.stop()
+            time.sleep(10)
+        return found
+
+
+@pytest.mark.parametrize("silence", [20.0, 3.0])
+def test_a_rank_that_ends_when_nobody_needs_it(ranks: RankPool, silence: float) -> None:
+    assert [found[1:] for found in ranks.run(4, leave_when_done, silence, fresh=True, timeout=60)] == [("", "")] * 4
+
+
+def stop_while_the_store_is_silent() -> tuple[float, str, str]:
+    """Rank 1 stops by itself, as for a store that does not answer; the odd one comes late."""
+    model = Model({"timeout_seconds": 60})
+    watchdog: Any = model.layers[0].group.watchdog
+    dist.barrier()
+    if dist.get_rank() == 1:
+        watchdog._monitor._stop_all(watchdog_module.Reason(1, "error", "rank 1 waits; the store has not answered"))
+    if dist.get_rank() == ODD:
+        time.sleep(6)
+    found = seconds_until_error(lambda: model.forward(*batch()))
+    time.sleep(2 if dist.get_rank() == ODD else 8)  # nobody ends before the others know
+    return found
+
+
+def test_a_reason_found_while_the_store_was_silent_is_told_later(ranks: RankPool) -> None:
+    for rank, (seconds, kind, message) in enumerate(ranks.run(4, stop_while_the_store_is_silent, fresh=True)):
+        assert (kind, message) == ("PlanMoEError", "rank 1 waits; the store has not answered"), rank
+        assert seconds < 5, rank
 
 
 def train(slow: bool) -> tuple[list[float], float]:
