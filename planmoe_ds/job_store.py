@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from datetime import timedelta
@@ -30,5 +31,8 @@ def job_timeout() -> timedelta:
     """How long the job's own process group waits: the longest of its backends' times."""
     group = dist.group.WORLD
     assert group is not None
-    backends = [group._get_backend(device) for device in group._device_types]
-    return max((backend.options._timeout for backend in backends if hasattr(backend, "options")), default=_GLOO)
+    found = []
+    for device in group._device_types:
+        with contextlib.suppress(AttributeError, RuntimeError):  # a backend without options
+            found.append(group._get_backend(device).options._timeout)
+    return max(found, default=_GLOO)

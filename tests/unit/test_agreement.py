@@ -10,10 +10,12 @@ import pytest
 import torch.distributed as dist
 
 import planmoe_ds.agreement as agreement_module
+import planmoe_ds.group as group_module
 import planmoe_ds.job_store as job_store_module
 from planmoe_ds.agreement import check_agreement, judge
 from planmoe_ds.errors import PlanMoEMismatchError
-from planmoe_ds.job_store import job_store
+from planmoe_ds.job_store import job_store, job_timeout
+from tests.engine.support import make_layer
 from tests.harness.ranks import RankPool
 
 ON = {"planmoe.enabled": "True", "planmoe.chunks": "2"}
@@ -75,3 +77,17 @@ def test_half_the_process_groups_timeout_is_waited_for_a_late_rank(ranks: RankPo
     waited, late = ranks.run(2, start_late, fresh=True)
     assert 1.9 < waited < 4  # a FileStore counts whole seconds
     assert late < 1
+
+
+def timeouts(settings: dict[str, object]) -> list[float]:
+    """Seconds that the job's own group waits, then planmoe's groups in a job whose group waits 77 s."""
+    with patch.object(group_module, "job_timeout", lambda: timedelta(seconds=77)):
+        layer = make_layer(settings)
+    backends = [group._get_backend(group._device_types[0]) for group in layer.group.comm.groups]
+    return [job_timeout().total_seconds(), *(backend.options._timeout.total_seconds() for backend in backends)]
+
+
+@pytest.mark.distributed
+def test_planmoes_groups_wait_as_long_as_the_jobs_own_or_as_the_config_says(ranks: RankPool) -> None:
+    assert ranks.run(2, timeouts, {}) == [[1800, 77, 77]] * 2
+    assert ranks.run(2, timeouts, {"timeout_seconds": 5}) == [[1800, 5, 5]] * 2
