@@ -20,10 +20,8 @@ from planmoe_ds.trace import Phase
 
 @dataclass(frozen=True)
 class TensorParallelSplit:
-    """This rank's place in a layer's tensor-parallel group of `size` ranks."""
+    """A layer's tensor-parallel group, of two ranks or more."""
 
-    rank: int
-    size: int
     group: ExpertGroup
     layer: int
 
@@ -47,21 +45,17 @@ class TensorParallelSplit:
 
     def parts(self, routes: Routes) -> list[Routes]:
         """Every rank's share of the routes; each rank computes all of them from the same decision."""
-        return [self._part(routes, rank) for rank in range(self.size)]
+        return [self._part(routes, rank) for rank in range(self.group.size)]
 
-    def orders(self, routes: Routes, num_holders: int) -> list[RowOrder]:
-        """Every rank's rows for the experts of `num_holders` ranks.
-
-        As if in one chunk: ranks of other expert-parallel groups may have other chunks.
-        """
+    def orders(self, routes: Routes) -> list[RowOrder]:
+        """Every rank's rows, as if in one chunk: ranks of other expert-parallel groups may have other chunks."""
         return [
-            order_rows(part.expert_KT, part.slot_KT, part.num_experts, Chunking(1), num_holders)
-            for part in self.parts(routes)
+            order_rows(part.expert_KT, part.slot_KT, part.num_experts, Chunking(1), 1) for part in self.parts(routes)
         ]
 
     def own_part(self, routes: Routes) -> Routes:
         """This rank's share."""
-        return self._part(routes, self.rank)
+        return self._part(routes, self.group.rank)
 
     def row_of_route(self, orders: list[RowOrder]) -> torch.Tensor:
         """int64 [K * T]: row of every route among the gathered rows [A], A where it was dropped."""
@@ -76,7 +70,7 @@ class TensorParallelSplit:
 
     def _part(self, routes: Routes, rank: int) -> Routes:
         assert routes.capacity is not None
-        share = -(-routes.capacity // self.size)
+        share = -(-routes.capacity // self.group.size)
         owned = torch.div(routes.slot_KT, share, rounding_mode="floor") == rank
         expert = torch.where(owned, routes.expert_KT, torch.full_like(routes.expert_KT, NO_ROUTE))
         slot = torch.where(owned, routes.slot_KT - rank * share, torch.zeros_like(routes.slot_KT))
@@ -105,8 +99,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, counts: tuple[int, ...], split: TensorParallelSplit):  # type: ignore[no-untyped-def]
-        ctx.first = sum(counts[: split.rank])
-        ctx.num_rows = counts[split.rank]
+        ctx.first = sum(counts[: split.group.rank])
+        ctx.num_rows = counts[split.group.rank]
         return _all_rows(rows, counts, split, "forward")
 
     @staticmethod
@@ -126,7 +120,7 @@ class _OwnRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, orders: list[RowOrder], split: TensorParallelSplit):  # type: ignore[no-untyped-def]
         ctx.orders, ctx.split, ctx.num_tokens = orders, split, tokens.shape[0]
-        return tokens.index_select(0, orders[split.rank].token_N)
+        return tokens.index_select(0, orders[split.group.rank].token_N)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -141,16 +135,17 @@ class _OwnRows(torch.autograd.Function):
 def _all_rows(rows: torch.Tensor, counts: tuple[int, ...], split: TensorParallelSplit, phase: Phase) -> torch.Tensor:
     what = f"layer {split.layer} {phase}, the exchange of rows between tensor-parallel ranks"
     with split.group.working(what, pass_phase(split.layer, phase)):
-        arrival = split.group.exchange(rows.repeat(split.size, 1), [counts[split.rank]] * split.size, list(counts))
-        if arrival.exchange is not None:
-            with split.group.waiting(arrival.exchange, what):
-                arrival.exchange.wait()
+        sent = [counts[split.group.rank]] * split.group.size
+        arrival = split.group.exchange(rows.repeat(split.group.size, 1), sent, list(counts))
+        assert arrival.exchange is not None
+        with split.group.waiting(arrival.exchange, what):
+            arrival.exchange.wait()
     return arrival.rows
 
 
 def own_rows(tokens: torch.Tensor, orders: list[RowOrder], routes: Routes, split: TensorParallelSplit) -> OwnRows:
     """Tokens [T, H] and their routes -> the rows this rank sends."""
-    order, part = orders[split.rank], split.own_part(routes)
+    order, part = orders[split.group.rank], split.own_part(routes)
     rows = _OwnRows.apply(tokens, orders, split)  # type: ignore[no-untyped-call]
     slot = torch.zeros_like(order.expert_N)
     kept = order.row_of_route_KT < order.token_N.shape[0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import threading
 import time
 import weakref
@@ -25,8 +24,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from planmoe_ds.backend import Comm, Exchange
-from planmoe_ds.errors import PlanMoEError, PlanMoEMismatchError
+from planmoe_ds.errors import PlanMoEMismatchError
 from planmoe_ds.job_store import job_store
+from planmoe_ds.stopping import Reason, end_waits
 
 PERIOD_SECONDS = 0.5  # at least; stretched so that the store never gets more than MAX_CALLS_PER_SECOND
 MAX_CALLS_PER_SECOND = 4000
@@ -53,19 +53,6 @@ class Position:
         """A clause such as "waits in layer 3 forward, dispatch of chunk 1, for 2.1 s"."""
         verb = "waits in" if self.waits else "was last in"
         return f"{verb} {self.what}, for {max(0.0, time.time() - self.since):.1f} s"
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why everybody stops; `kind` is "mismatch" or "error"."""
-
-    rank: int
-    kind: str
-    text: str
-
-    def error(self) -> PlanMoEError:
-        """As every rank raises it."""
-        return (PlanMoEMismatchError if self.kind == "mismatch" else PlanMoEError)(self.text)
 
 
 _START = Position(-1, -1, "the start", 0.0, waits=False)
@@ -345,29 +332,5 @@ class _Monitor(threading.Thread):
             if self.reason is not None:
                 return
             self.reason = reason
-        steps = [f"planmoe: rank {self.rank} stops: {reason.text}", "its last waits, oldest first:"]
-        text = "\n  ".join([*steps, *(step.what for step in self._history)])
         comms = [comm for comm in (comm() for comm in self._comms) if comm is not None]
-        # All at once: what one frees on a device can wait for what another one still runs there, and a log can block.
-        printing = _start(_print_if_possible, text)
-        for abort in [_start(comm.abort, f"planmoe: {reason.text}") for comm in comms]:
-            if abort is not None:
-                abort.join()
-        if printing is not None:
-            printing.join(timeout=1)
-
-
-def _start(action: Callable[[str], None], text: str) -> threading.Thread | None:
-    """Run action(text) in a thread of its own, or at once where the interpreter is about to end and starts none."""
-    thread = threading.Thread(target=action, args=(text,), name="planmoe-stop", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        action(text)
-        return None
-    return thread
-
-
-def _print_if_possible(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe
-        print(text, file=sys.stderr, flush=True)
+        end_waits(comms, self.rank, reason, [step.what for step in self._history])

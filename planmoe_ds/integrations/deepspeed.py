@@ -18,7 +18,6 @@ from deepspeed.moe.sharded_moe import MOELayer
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import (
     bwc_tensor_model_parallel_group,
-    bwc_tensor_model_parallel_rank,
     bwc_tensor_model_parallel_world_size,
 )
 from torch import nn
@@ -31,7 +30,6 @@ from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
 from planmoe_ds.equal_experts import share_storage
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.experts import LocalExperts
-from planmoe_ds.group import ExpertGroup
 from planmoe_ds.integrations.activation import LayerFacts, device_of, make_engine_layers, report_failure, settings_of
 from planmoe_ds.integrations.deepspeed_checkpoints import watch_checkpoints
 from planmoe_ds.layer import ExpertParallelLayer, combine
@@ -80,7 +78,7 @@ class PlanMoELayer(MOELayer):  # type: ignore[misc]
             output = self.planmoe.forward(tokens, routes, experts)
         else:
             split.check_alike(routes)
-            orders = split.orders(routes, self.planmoe.group.size)
+            orders = split.orders(routes)
             own = own_rows(tokens, orders, routes, split)
             rows = self.planmoe.route_outputs(own.rows, own.routes, experts)
             output = combine(gather_rows(rows, orders, split), split.row_of_route(orders), routes.weight_KT)
@@ -98,7 +96,7 @@ class PlanMoELayer(MOELayer):  # type: ignore[misc]
     def _count_stock_bytes(self, tokens: torch.Tensor, routes: Routes) -> None:
         """Two padded all-to-alls forward, and two backward if there is one."""
         passes = 4 if torch.is_grad_enabled() else 2
-        parts = 1 if self.tensor_parallel is None else self.tensor_parallel.size
+        parts = 1 if self.tensor_parallel is None else self.tensor_parallel.group.size
         assert routes.capacity is not None
         rows = routes.capacity // parts * routes.num_experts
         padded = rows * tokens.shape[1] * tokens.element_size()
@@ -145,7 +143,7 @@ def configure(engine: Any, config: PlanMoEConfig) -> Session | None:
     session = _activate_layers(layers, config, torch.device(engine.device))
 
     def check() -> None:
-        for layer in layers:
+        for layer in layers[:1]:  # all have one device and one watchdog
             layer.planmoe.group.check()
 
     watch_checkpoints(engine, [layer.ep_size for layer in layers], check)
@@ -196,6 +194,8 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
     if device.type == "cuda":
         for layer in layers:  # the optimizer, which keeps views, is not built yet
             share_storage(list(layer.experts.deepspeed_experts))
+    # tensor-parallel ranks hold the same tokens; an expert that is split between them needs every token on all of them
+    divides_tokens = tensor_parallel_size > 1 and not _splits_experts()
     if _splits_experts():
         config = _same_in_all_groups(config)
     speaks = dist.get_rank() == 0
@@ -206,7 +206,7 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
     for index, (layer, engine_layer) in enumerate(zip(layers, made.layers, strict=True)):
         layer.__class__ = PlanMoELayer
         layer.planmoe = engine_layer
-        layer.tensor_parallel = _split(made.groups, tensor_parallel_size, index)
+        layer.tensor_parallel = TensorParallelSplit(made.groups["tensor parallel"], index) if divides_tokens else None
         layer.stock_trial = None
         if config.chooses_everything and tensor_parallel_size == 1 and _stock_is_bounded(layer):
             trial_log.num_waiting += 1
@@ -249,16 +249,6 @@ def _facts(layer: MOELayer) -> LayerFacts:
         top_k=layer.gate.k,
         num_experts=layer.ep_size * layer.num_local_experts,
     )
-
-
-def _split(connected: dict[str, ExpertGroup], size: int, layer: int) -> TensorParallelSplit | None:
-    """How tensor-parallel ranks, which hold the same tokens, divide them; None where nothing is divided.
-
-    Tensor-parallel experts need every token on every one of their ranks, so there each rank sends all of its own.
-    """
-    if size == 1 or _splits_experts():
-        return None
-    return TensorParallelSplit(bwc_tensor_model_parallel_rank(groups.mpu), size, connected["tensor parallel"], layer)
 
 
 def _announcement(layers: list[MOELayer], description: str) -> str:

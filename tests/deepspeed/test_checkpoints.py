@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError
-from planmoe_ds.watchdog import Reason
+from planmoe_ds.stopping import Reason
 from tests.deepspeed.model import TinyModel, tell_experts_apart
 from tests.deepspeed.training import EXACT, Case, Values, difference, make_engine, train_engine, two_layers
 from tests.harness.ranks import RankPool

@@ -107,7 +107,7 @@ def other_routes_of_a_tensor_parallel_rank(model: Model) -> None:
     """As many rows, but not for the same tokens."""
     group = model.layers[0].group
     routes = routes_of(torch.tensor([[0, 1, 2, 3]]).roll(int(dist.get_rank() == ODD), 1).to(rank_device()), NUM_EXPERTS)
-    TensorParallelSplit(group.rank, group.size, group, layer=0).check_alike(routes)
+    TensorParallelSplit(group, layer=0).check_alike(routes)
 
 
 CASES: dict[Any, list[str]] = {

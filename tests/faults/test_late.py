@@ -1,0 +1,159 @@
+"""Ranks that are late, leave early or learn late why the others stopped."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import planmoe_ds.watchdog as watchdog_module
+from planmoe_ds.chunking import Chunking
+from planmoe_ds.rows import order_rows
+from planmoe_ds.stopping import Reason
+from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows
+from tests.engine.support import rank_device
+from tests.faults.layers import HIDDEN, Model, batch, seconds_until_error
+from tests.faults.test_death import ODD, hang, run_out_of_memory
+from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.distributed
+
+
+class FullDisk(io.StringIO):
+    """A log that cannot be written."""
+
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class StoppedTerminal(io.StringIO):
+    """A log that takes nothing for long."""
+
+    def write(self, _: str) -> int:
+        time.sleep(40)
+        return 0
+
+
+def freeze_while_waiting() -> tuple[float, str, str]:
+    """Rank 3 is late; of those that wait for it, the odd one freezes: its connections stay, its machine is gone."""
+    log = {0: StoppedTerminal(), 1: FullDisk()}.get(dist.get_rank(), sys.stderr)
+    with patch.object(watchdog_module, "SILENCE_SECONDS", 3.0), patch.object(sys, "stderr", log):
+        model = Model()
+        dist.barrier()
+        hidden = model.layer(0, *batch())
+        if dist.get_rank() == 3:
+            time.sleep(20)
+        if dist.get_rank() == ODD:
+            subprocess.Popen(["sh", "-c", f"sleep 3; kill -STOP {os.getpid()}; sleep 14; kill -CONT {os.getpid()}"])
+        return seconds_until_error(lambda: model.layer(1, hidden, batch()[1]))
+
+
+def test_a_rank_that_is_gone_while_it_waits_like_the_others(ranks: RankPool) -> None:
+    outcomes = ranks.run(4, freeze_while_waiting, fresh=True, timeout=60)
+    for rank, (seconds, kind, message) in enumerate(outcomes):
+        assert kind == "PlanMoEError", (rank, message)
+        # Once it goes on, the odd one finds that the store has not answered it for long.
+        assert rank == ODD or f"rank {ODD} has not been heard of" in message, message
+        assert seconds < (12 if rank < ODD else 25)
+
+
+def agree(action: Any) -> tuple[float, str, str]:
+    """On what tasks took, while the odd rank does something else."""
+    group = Model({"timeout_seconds": 3}).layers[0].group
+    dist.barrier()
+
+    def add_up() -> None:
+        with group.working("agreeing", 0):
+            if dist.get_rank() == ODD:
+                action()
+            group.sum_of_ranks(torch.ones(3), "adding up what tasks took")
+
+    return seconds_until_error(add_up)
+
+
+@pytest.mark.parametrize("action", [hang, run_out_of_memory], ids=lambda action: action.__name__)
+def test_agreements_are_watched(ranks: RankPool, action: Any) -> None:
+    for rank, (seconds, kind, message) in enumerate(ranks.run(4, agree, action, fresh=True, timeout=60)):
+        if rank == ODD and action is run_out_of_memory:
+            assert kind == "OutOfMemoryError"
+            continue
+        assert kind == "PlanMoEError", (rank, kind, message)
+        words = f"rank {ODD} stopped in agreeing" if action is run_out_of_memory else "adding up what tasks took"
+        assert words in message, message
+        assert seconds < (12 if rank != ODD else 40)
+
+
+def gather() -> tuple[float, str, str]:
+    """The rows of tensor-parallel ranks, of which the odd one is late."""
+    group = Model({"timeout_seconds": 3}).layers[0].group
+    split = TensorParallelSplit(group, layer=0)
+    orders = [order_rows(torch.zeros(1, 2), torch.zeros(1, 2), group.size, Chunking(1), group.size)] * group.size
+    dist.barrier()
+    if dist.get_rank() == ODD:
+        time.sleep(8)
+    return seconds_until_error(lambda: gather_rows(torch.ones(2, HIDDEN), orders, split))
+
+
+def test_gathering_between_tensor_parallel_ranks_is_watched(ranks: RankPool) -> None:
+    for _, kind, message in ranks.run(4, gather, fresh=True, timeout=60):
+        assert kind == "PlanMoEError", message
+        assert "the exchange of rows between tensor-parallel ranks" in message, message
+
+
+def leave_when_done() -> tuple[float, str, str]:
+    """Rank 0 waits for rows of all others, of which the odd one has ended, and then is silent, and rank 3 is late."""
+    with patch.object(watchdog_module, "SILENCE_SECONDS", 3.0):
+        group = Model({"timeout_seconds": 60}).layers[0].group
+        watchdog: Any = group.watchdog
+        rank, size = group.rank, group.size
+        sent, received = [int(rank > 0), *[0] * (size - 1)], [int(rank == 0 and peer > 0) for peer in range(size)]
+        rows = torch.ones(sum(sent), 4, device=rank_device())
+        dist.barrier()
+        if rank == 3:
+            time.sleep(8)
+
+        def exchange() -> None:
+            arrival = group.exchange(rows, sent, received)
+            assert arrival.exchange is not None
+            with group.waiting(arrival.exchange, "the last exchange"):
+                arrival.exchange.wait()
+            assert rank > 0 or arrival.rows.sum() == 12
+
+        found = seconds_until_error(exchange)
+        if rank == ODD:
+            watchdog._monitor.stop()
+            time.sleep(8)
+        return found
+
+
+def test_a_rank_that_ends_when_nobody_needs_it(ranks: RankPool) -> None:
+    assert [found[1:] for found in ranks.run(4, leave_when_done, fresh=True, timeout=60)] == [("", "")] * 4
+
+
+def stop_while_the_store_is_silent() -> tuple[float, str, str]:
+    """Rank 1 stops by itself, as for a store that does not answer; the odd one comes late."""
+    model = Model({"timeout_seconds": 60})
+    watchdog: Any = model.layers[0].group.watchdog
+    dist.barrier()
+    if dist.get_rank() == 1:
+        watchdog._monitor._stop_all(Reason(1, "error", "rank 1 waits; the store has not answered"))
+    if dist.get_rank() == ODD:
+        time.sleep(6)
+    found = seconds_until_error(lambda: model.forward(*batch()))
+    time.sleep(2 if dist.get_rank() == ODD else 8)  # nobody ends before the others know
+    return found
+
+
+def test_a_reason_found_while_the_store_was_silent_is_told_later(ranks: RankPool) -> None:
+    for rank, (seconds, kind, message) in enumerate(ranks.run(4, stop_while_the_store_is_silent, fresh=True)):
+        assert (kind, message) == ("PlanMoEError", "rank 1 waits; the store has not answered"), rank
+        assert seconds < 5, rank
