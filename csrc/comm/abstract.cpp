@@ -69,12 +69,6 @@ int64_t Leg::bytes_sent() const {
   return total;
 }
 
-std::unique_ptr<Link> make_link(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane, c10::Device device,
-                                int64_t timeout_ms) {
-  if (device.is_cpu()) return make_thread_link(std::move(group), std::move(lane), timeout_ms);
-  return make_stream_link(std::move(group), std::move(lane), device);
-}
-
 AbstractComm::AbstractComm(CommOptions options) : options_(std::move(options)) {
   TORCH_CHECK_VALUE(!options_.groups.empty(), "an all-to-all needs at least one process group");
   rank_ = options_.groups[0]->getRank();
@@ -98,7 +92,13 @@ void AbstractComm::connect_everyone() const {
 }
 
 Link& AbstractComm::add_link(size_t group, std::string lane) {
-  links_.push_back(make_link(options_.groups[group], std::move(lane), options_.device, options_.timeout_ms));
+  const auto& carrier = options_.groups[group];
+  if (options_.device.is_cpu()) {
+    links_.push_back(make_thread_link(carrier, std::move(lane), options_.timeout_ms));
+  } else {
+    void* communicator = options_.communicator_of && size_ > 1 ? options_.communicator_of(carrier) : nullptr;
+    links_.push_back(make_stream_link(carrier, communicator, std::move(lane), options_.device));
+  }
   return *links_.back();
 }
 

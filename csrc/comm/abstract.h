@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -54,6 +55,8 @@ struct CommOptions {
   std::vector<int64_t> node_of_rank;
   c10::Device device = c10::kCPU;
   int64_t timeout_ms = 0;  // bound of every wait; 0 = the process group's own timeout
+  // The handle of the library behind a group, once the group was used (see make_messenger); null: none is known.
+  std::function<void*(const c10::intrusive_ptr<c10d::ProcessGroup>& group)> communicator_of;
 };
 
 // An all-to-all algorithm. A new one is one file: subclass, implement post(), PLANMOE_REGISTER_COMM.

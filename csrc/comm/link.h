@@ -64,11 +64,10 @@ class Link {
   virtual void abort(const std::string& reason) = 0;
 };
 
-std::unique_ptr<Link> make_link(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane, c10::Device device,
-                                int64_t timeout_ms);
 std::unique_ptr<Link> make_thread_link(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane,
                                        int64_t timeout_ms);
-std::unique_ptr<Link> make_stream_link(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane,
-                                       c10::Device device);
+// communicator: see make_messenger.
+std::unique_ptr<Link> make_stream_link(c10::intrusive_ptr<c10d::ProcessGroup> group, void* communicator,
+                                       std::string lane, c10::Device device);
 
 }  // namespace planmoe

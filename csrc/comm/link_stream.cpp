@@ -5,13 +5,17 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <atomic>
+#include <chrono>
 #include <mutex>
 
 #include "../clock.h"
 #include "link.h"
+#include "messenger.h"
 
 namespace planmoe {
 namespace {
+
+constexpr auto kStartTime = std::chrono::seconds(1);  // a leg takes less to start, unless the host has to wait there
 
 class StreamTransfer final : public Transfer {
  public:
@@ -61,8 +65,9 @@ class StreamTransfer final : public Transfer {
 
 class StreamLink final : public Link {
  public:
-  StreamLink(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane, c10::Device device)
+  StreamLink(c10::intrusive_ptr<c10d::ProcessGroup> group, void* communicator, std::string lane, c10::Device device)
       : group_(std::move(group)),
+        messenger_(make_messenger(group_, communicator, device)),
         lane_(std::move(lane)),
         device_(device),
         side_(c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device)),
@@ -71,6 +76,7 @@ class StreamLink final : public Link {
   std::shared_ptr<Transfer> post(Leg leg) override {
     auto transfer = std::make_shared<StreamTransfer>(std::move(leg), device_);
     transfer->lane = lane_;
+    std::lock_guard<std::timed_mutex> starting(starting_);
     if (const auto reason = abort_reason(); !reason.empty()) {
       transfer->fail(reason);
       return transfer;
@@ -97,6 +103,8 @@ class StreamLink final : public Link {
       if (!abort_reason_.empty()) return;
       abort_reason_ = reason;
     }
+    // Aborting frees what a leg that is being started uses, and ends its wait where the host has to wait there.
+    std::unique_lock<std::timed_mutex> starting(starting_, kStartTime);
     group_->getBackend(device_.type())->abort();
   }
 
@@ -109,40 +117,26 @@ class StreamLink final : public Link {
   void carry(Leg& leg) {
     if (leg.after) leg.after->order_current_stream();
     if (leg.prepare) leg.prepare(leg);
-    c10::intrusive_ptr<c10d::Work> work;
-    if (!leg.receives.empty() || !leg.sends.empty()) work = send_and_receive(leg);
+    if (!leg.receives.empty() || !leg.sends.empty()) messenger_->send_and_receive(leg);
     for (const auto& [from, to] : leg.local_copies) to.copy_(from, /*non_blocking=*/true);
-    if (work) work->wait();  // orders the side stream, not the host
-  }
-
-  // Not ProcessGroupNCCL::alltoall: with torch 2.11 it hung where ranks of a card had legs of one message each.
-  c10::intrusive_ptr<c10d::Work> send_and_receive(const Leg& leg) {
-    group_->startCoalescing(device_.type());
-    for (const auto& message : leg.receives) {
-      std::vector<at::Tensor> buffers{message.buffer};
-      group_->recv(buffers, static_cast<int>(message.peer), leg.tag);
-    }
-    for (const auto& message : leg.sends) {
-      std::vector<at::Tensor> buffers{message.buffer};
-      group_->send(buffers, static_cast<int>(message.peer), leg.tag);
-    }
-    return group_->endCoalescing(device_.type());
   }
 
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
+  std::unique_ptr<Messenger> messenger_;
   std::string lane_;
   c10::Device device_;
   c10::Stream side_;
   std::shared_ptr<Clock> clock_;
+  std::timed_mutex starting_;  // held while a leg is started
   std::mutex mutex_;
   std::string abort_reason_;  // empty: not aborted
 };
 
 }  // namespace
 
-std::unique_ptr<Link> make_stream_link(c10::intrusive_ptr<c10d::ProcessGroup> group, std::string lane,
-                                       c10::Device device) {
-  return std::make_unique<StreamLink>(std::move(group), std::move(lane), device);
+std::unique_ptr<Link> make_stream_link(c10::intrusive_ptr<c10d::ProcessGroup> group, void* communicator,
+                                       std::string lane, c10::Device device) {
+  return std::make_unique<StreamLink>(std::move(group), communicator, std::move(lane), device);
 }
 
 }  // namespace planmoe

@@ -1,3 +1,8 @@
+#include <c10/core/DeviceGuard.h>
+
+#include <cstdlib>
+#include <string>
+
 #include "../clock.h"
 #include "../comm/abstract.h"
 #include "../comm/ledger.h"
@@ -8,9 +13,31 @@ namespace {
 
 using Groups = std::vector<c10::intrusive_ptr<c10d::ProcessGroup>>;
 
+// Whether torch was asked to keep a record of messages, which it has of those that its groups carry.
+bool flight_recorder_wanted() {
+  for (const auto* name : {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"})
+    if (const auto* size = std::getenv(name); size != nullptr && std::string(size) != "0") return true;
+  return false;
+}
+
+// NCCL's communicator for the device, which torch (2.8 and later) tells to Python only. Null for other libraries, where
+// the group is not NCCL's itself, as with TORCH_DISTRIBUTED_DEBUG=DETAIL, and where torch is to keep a record.
+void* communicator_of(const c10::intrusive_ptr<c10d::ProcessGroup>& group, const c10::Device& device) {
+  if (flight_recorder_wanted()) return nullptr;
+  py::gil_scoped_acquire gil;
+  const auto classes = py::module_::import("torch._C._distributed_c10d");
+  const auto backend = py::cast(group).attr("_get_backend")(py::cast(device));
+  if (!py::hasattr(classes, "ProcessGroupNCCL") || !py::isinstance(backend, classes.attr("ProcessGroupNCCL")) ||
+      !py::hasattr(backend, "_comm_ptr"))
+    return nullptr;
+  const c10::DeviceGuard guard(device);
+  return reinterpret_cast<void*>(backend.attr("_comm_ptr")().cast<intptr_t>());
+}
+
 CommOptions make_options(Groups groups, std::vector<int64_t> node_of_rank, const c10::Device& device,
                          int64_t timeout_ms) {
-  return {std::move(groups), std::move(node_of_rank), device, timeout_ms};
+  return {std::move(groups), std::move(node_of_rank), device, timeout_ms,
+          [device](const auto& group) { return communicator_of(group, device); }};
 }
 
 // What a Python algorithm's post() returned: anything with wait(), or None when it is done. Keeps the buffers until then.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -80,13 +82,31 @@ def test_equals_all_to_all_single(ranks: RankPool, package: str, nodes: tuple[in
     ranks.run(len(nodes), compare_with_torch, NAMES, nodes, generated, package)
 
 
+def compare_over_nccl(recorded: bool, nodes: tuple[int, ...], generated: list[Case]) -> None:
+    group_class = dist.ProcessGroupNCCL
+    tell, asked = group_class._comm_ptr, []
+
+    def told(group: dist.ProcessGroupNCCL) -> int:
+        asked.append(group)
+        return int(tell(group))
+
+    sizes = {"TORCH_FR_BUFFER_SIZE": "2000" if recorded else "0"}
+    with patch.dict(os.environ, sizes), patch.object(group_class, "_comm_ptr", told):
+        compare_with_torch(COMPILED, nodes, generated, None)
+    links = 0 if recorded or len(nodes) == 1 else 7  # one of direct, two of each other one
+    assert len(asked) == links
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("recorded", [False, True], ids=["NCCL's calls", "the group's calls"])
 @pytest.mark.parametrize("nodes", [nodes for listed in NODES.values() for nodes in listed], ids=str)
 @generated_cases
 @given(data=st.data())
-def test_equals_all_to_all_single_over_nccl(gpu_ranks: RankPool, nodes: tuple[int, ...], data: st.DataObject) -> None:
+def test_equals_all_to_all_single_over_nccl(
+    gpu_ranks: RankPool, recorded: bool, nodes: tuple[int, ...], data: st.DataObject
+) -> None:
     generated = data.draw(st.lists(cases(len(nodes)), min_size=20, max_size=20))
-    gpu_ranks.run(len(nodes), compare_with_torch, COMPILED, nodes, generated, None)
+    gpu_ranks.run(len(nodes), compare_over_nccl, recorded, nodes, generated)
 
 
 def refuse_bad_requests(package: str) -> None:
