@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,24 @@ CAPACITY_FACTOR = 1.25  # of those that pad
 Forward = Callable[[torch.Tensor], torch.Tensor]  # [T, H] -> [T, H]
 
 
-def make_peers(shape: Shape, device: torch.device) -> Iterator[tuple[str, nn.Module, Forward]]:
-    """Name, module and forward of every system that is installed, one after the other; bf16, GELU, Tutel's with biases.
+Maker = Callable[[Shape, torch.device], tuple[nn.Module, Forward]]
 
-    A process group must exist. A module is best dropped before the next one is made.
+
+def installed_peers() -> list[tuple[str, Maker]]:
+    """Name and maker of every system that is installed; bf16, GELU, Tutel's with biases.
+
+    A process group must exist when a maker is called. A module is best dropped before the next one is made.
     """
-    for package, name, make in (
-        ("deepspeed", "DeepSpeed", _make_deepspeed),
-        ("deepspeed", "DeepSpeed + planmoe", _make_planmoe),
-        ("megatron", "Megatron", _make_megatron),
-        ("tutel", "Tutel", _make_tutel),
-    ):
-        if importlib.util.find_spec(package) is not None:
-            yield (name, *make(shape, device))
+    return [
+        (name, make)
+        for package, name, make in (
+            ("deepspeed", "DeepSpeed", _make_deepspeed),
+            ("deepspeed", "DeepSpeed + planmoe", _make_planmoe),
+            ("megatron", "Megatron", _make_megatron),
+            ("tutel", "Tutel", _make_tutel),
+        )
+        if importlib.util.find_spec(package) is not None
+    ]
 
 
 def _make_deepspeed(shape: Shape, device: torch.device) -> tuple[nn.Module, Forward]:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks._layer_cases import SHAPES, Shape, make_experts, median_ms, routing
-from benchmarks._layer_peers import Forward, make_peers
+from benchmarks._layer_peers import Maker, installed_peers
 from planmoe_ds.codecs import make_codecs
 from planmoe_ds.compression import CompressionConfig
 from planmoe_ds.config import parse_config
@@ -114,21 +114,29 @@ def measure(shape: Shape, layer: ExpertParallelLayer, rounds: int) -> dict[str, 
 
 
 def measure_peers(shape: Shape, experts_ms: float, rounds: int) -> dict[str, float]:
-    """Other systems' time over the experts'."""
-    tokens = torch.randn(shape.tokens, shape.hidden, device="cuda").bfloat16().requires_grad_()
-    probe = torch.randn_like(tokens)
+    """Other systems' time over the experts'; one that cannot run here is named with its error and left out."""
     figures = {}
-    for name, module, forward in make_peers(shape, tokens.device):
-
-        def both(module: nn.Module = module, forward: Forward = forward) -> None:
-            tokens.grad = None
-            module.zero_grad(set_to_none=True)
-            forward(tokens).backward(probe)
-
-        figures[f"{shape.name}: {name} over experts"] = median_ms(both, rounds, warmup=3, calls=2) / experts_ms
-        del module, forward, both
+    for name, make in installed_peers():
+        try:
+            figures[f"{shape.name}: {name} over experts"] = peer_ms(make, shape, rounds) / experts_ms
+        except Exception as error:  # noqa: BLE001  whatever another system fails with
+            print(f"{shape.name}: {name} does not run here: {type(error).__name__}: {error}", flush=True)
         torch.cuda.empty_cache()
     return figures
+
+
+def peer_ms(make: Maker, shape: Shape, rounds: int) -> float:
+    """Milliseconds of a layer's forward and backward."""
+    tokens = torch.randn(shape.tokens, shape.hidden, device="cuda").bfloat16().requires_grad_()
+    probe = torch.randn_like(tokens)
+    module, forward = make(shape, tokens.device)
+
+    def both() -> None:
+        tokens.grad = None
+        module.zero_grad(set_to_none=True)
+        forward(tokens).backward(probe)
+
+    return median_ms(both, rounds, warmup=3, calls=2)
 
 
 def main() -> None:
@@ -146,10 +154,11 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, {layer.config.resolved_exactness.value}")
     shapes = [shape.smaller() for shape in SHAPES] if options.quick else SHAPES
     for shape in shapes:
-        figures |= measure(shape, layer, 5 if options.quick else 20)
-        figures |= measure_peers(shape, figures[f"{shape.name}_experts_ms"], 3 if options.quick else 8)
-    for name, value in figures.items():
-        print(f"{name:35} {value:9.3f}")
+        found = measure(shape, layer, 5 if options.quick else 20)
+        found |= measure_peers(shape, found[f"{shape.name}_experts_ms"], 3 if options.quick else 8)
+        for name, value in found.items():
+            print(f"{name:35} {value:9.3f}", flush=True)
+        figures |= found
     if options.profile is not None:
         options.profile.write_text("\n\n".join(profile(LayerRun(shape, layer)) for shape in shapes))
     for shape in shapes:
