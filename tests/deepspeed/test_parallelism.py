@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
+from unittest.mock import patch
 
+import pytest
+import torch.distributed as dist
+
+from planmoe_ds.auto_planner import Planner, make_planner
+from planmoe_ds.config import PlanMoEConfig
 from tests.deepspeed.tensor_parallel import SplitExpert, TwoByTwo, gather_works_on_gloo
 from tests.deepspeed.training import EXACT, Case, compare_with_stock, make_engine, two_layers
 from tests.harness.ranks import RankPool
@@ -74,6 +80,22 @@ def test_expert_parallel_sizes(ranks: RankPool, case: Case) -> None:
 @pytest.mark.parametrize("case", TENSOR_PARALLEL, ids=str)
 def test_tensor_parallel(ranks: RankPool, case: Case) -> None:
     assert ranks.run(4, compare_tensor_parallel, case, timeout=120) == [[]] * 4
+
+
+def compare_with_other_chunks(case: Case) -> list[str]:
+    """compare_tensor_parallel where the expert-parallel groups of tensor-parallel ranks choose other chunks."""
+
+    def plan(config: PlanMoEConfig, *rest: Any) -> Planner:
+        return make_planner(config.model_copy(update={"chunks": 1 + 2 * (dist.get_rank() % 2)}), *rest)
+
+    with patch("planmoe_ds.layer.make_planner", plan):
+        return compare_tensor_parallel(case)
+
+
+def test_tensor_parallel_ranks_whose_groups_have_other_chunks(ranks: RankPool) -> None:
+    sections = ({"exactness": "reordered", "chunks": "auto", "scheduler": "pipelined"},)
+    case = Case("other chunks", two_layers(k=2, ep_size=2), DATA_BEFORE_EXPERT, make_mpu=TwoByTwo, sections=sections)
+    assert ranks.run(4, compare_with_other_chunks, case, timeout=120) == [[]] * 4
 
 
 def choose_with_split_experts() -> list[tuple[int, bool]]:

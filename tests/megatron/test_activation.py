@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -55,6 +56,28 @@ def mistakes(outcomes: list[Any]) -> str:
 def test_unsupported_config(megatron_ranks: RankPool, settings: dict[str, Any], message: str) -> None:
     outcomes = megatron_ranks.run(2, start_model, settings, True, expect_failure=True)
     assert message in mistakes(outcomes)
+
+
+def start_undescribed() -> None:
+    """Rank 1 alone finds that its ranks do not lie as planmoe needs them."""
+    import torch.distributed as dist
+
+    from planmoe_ds.errors import PlanMoEConfigError
+    from planmoe_ds.integrations import megatron
+
+    def fail(*_: object) -> None:
+        raise PlanMoEConfigError("let 'tp' come before 'ep'")
+
+    with patch.object(megatron, "_expert_ranks", fail if dist.get_rank() == 1 else megatron._expert_ranks):
+        start_model({}, True)
+
+
+def test_what_one_rank_alone_refuses_is_told_to_all(megatron_ranks: RankPool) -> None:
+    arguments: list[tuple[dict[str, Any], object]] = [({}, True), ({"moe_token_dispatcher_type": "allgather"}, True)]
+    told = megatron_ranks.run(2, start_model, per_rank_args=arguments, expect_failure=True)
+    assert all("set it to 'alltoall'" in outcome.message for outcome in told), mistakes(told)
+    told = megatron_ranks.run(2, start_undescribed, expect_failure=True)
+    assert all("let 'tp' come before 'ep'" in outcome.message for outcome in told), mistakes(told)
 
 
 def test_unknown_key(megatron_ranks: RankPool) -> None:
