@@ -113,6 +113,18 @@ def test_split_experts_follow_no_groups_times(ranks: RankPool) -> None:
     assert ranks.run(4, choose_with_split_experts, timeout=120) == [[(1, True)] * 2] * 4
 
 
+def tries_stock(case: Case) -> list[bool]:
+    """Whether every layer tries the framework's own dispatch too."""
+    return [layer.stock_trial is not None for layer in make_engine(case, True).module.moe_layers()]
+
+
+@pytest.mark.parametrize("make_mpu", [None, TwoByTwo], ids=["data parallel", "tensor parallel"])
+def test_tensor_parallel_ranks_try_no_stock_dispatch(ranks: RankPool, make_mpu: Any) -> None:
+    """Times of their groups may differ: one would go back to stock while others wait for its rows."""
+    case = Case("top-2", two_layers(k=2), make_mpu=make_mpu)
+    assert ranks.run(4, tries_stock, case, timeout=120) == [[make_mpu is None] * 2] * 4
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_fewer_ranks(ranks: RankPool, world_size: int) -> None:
     case = Case(f"{world_size} ranks", two_layers(k=2, ep_size=world_size))
