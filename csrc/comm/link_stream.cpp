@@ -103,8 +103,9 @@ class StreamLink final : public Link {
       if (!abort_reason_.empty()) return;
       abort_reason_ = reason;
     }
-    // Aborting frees what a leg that is being started uses, and ends its wait where the host has to wait there.
-    std::unique_lock<std::timed_mutex> starting(starting_, kStartTime);
+    // Aborting frees what a leg that is being started still uses, and ends its wait if the host has to wait there. No leg
+    // starts after it, and none waits for the abort.
+    if (starting_.try_lock_for(kStartTime)) starting_.unlock();
     group_->getBackend(device_.type())->abort();
   }
 
