@@ -1,4 +1,9 @@
 // NCCL's own calls, on the current stream: a process group keeps a record, events and a stream of its own per message.
+#include <torch/version.h>
+
+// Earlier releases of torch tell nobody their communicators.
+#if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 8)
+
 #include <c10/cuda/CUDAStream.h>
 #include <torch/csrc/cuda/nccl.h>
 
@@ -44,3 +49,5 @@ const bool added = add_messenger(c10::DeviceType::CUDA,
 
 }  // namespace
 }  // namespace planmoe
+
+#endif
