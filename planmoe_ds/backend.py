@@ -28,6 +28,7 @@ build_info = _C.build_info
 dot_rows = _C.dot_rows
 find_experts = _C.find_experts
 fold_rows = _C.fold_rows
+gather_bytes = _C.gather_bytes
 order_tokens = _C.order_tokens
 order_tokens_on_device = _C.order_tokens_on_device
 routes_on_device = _C.routes_on_device
@@ -58,6 +59,7 @@ __all__ = [
     "dot_rows",
     "find_experts",
     "fold_rows",
+    "gather_bytes",
     "make_comm",
     "make_compressor",
     "make_scheduler",

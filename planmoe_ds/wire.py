@@ -24,6 +24,7 @@ from planmoe_ds.backend import (
     dot_rows,
     find_experts,
     fold_rows,
+    gather_bytes,
     make_compressor,
     spread_rows,
 )
@@ -285,7 +286,7 @@ class Wire:
         wire = self.group.buffer(side.token.shape[0], width + (0 if columns is None else columns.width))
         codec.encode_into(tokens, side.token, wire)
         if columns is not None:
-            wire[:, width:] = columns.bytes_T.index_select(0, side.token)
+            gather_bytes(columns.bytes_T, side.token, wire[:, width:])
         return wire
 
     def _sum_rows(
@@ -302,7 +303,7 @@ class Wire:
         wire = self.group.buffer(side.num_received, width + (0 if as_bytes is None else as_bytes.shape[1]))
         fold_rows(codec, rows, spread, weighted, wire)
         if as_bytes is not None:
-            wire[:, width:] = as_bytes
+            gather_bytes(as_bytes, None, wire[:, width:])
         return wire
 
     def _routes(self, chunk: ChunkPlan, columns: TokenColumns, codec: Compressor) -> RowRoutes:

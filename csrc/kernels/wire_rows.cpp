@@ -292,10 +292,14 @@ bool sums_on_device(const AbstractCompressor& codec, at::ScalarType dtype, const
 }
 
 void gather_bytes(const at::Tensor& from, const at::Tensor& index, at::Tensor to) {
+  const auto num_rows = index.defined() ? index.size(0) : from.size(0);
+  TORCH_CHECK_VALUE(to.dim() == 2 && from.dim() == 2 && to.size(0) == num_rows && to.size(1) == from.size(1),
+                    "bytes of ", num_rows, " rows of ", from.sizes(), " do not fit ", to.sizes());
+  TORCH_CHECK_VALUE(from.numel() == 0 || (from.stride(1) == 1 && to.stride(1) == 1),
+                    "each row must be contiguous, got strides ", from.strides(), " and ", to.strides());
   if (!from.device().is_cpu()) {
     if (const auto* kernels = device_kernels(from)) return kernels->gather(from, index, to);
-    if (index.defined()) return void(at::index_select_out(to, from, 0, index));
-    return void(to.copy_(from, /*non_blocking=*/true));
+    return void(to.copy_(index.defined() ? from.index_select(0, index) : from, /*non_blocking=*/true));
   }
   const auto* rows = index.defined() ? index.const_data_ptr<int64_t>() : nullptr;
   const auto* source = from.const_data_ptr<uint8_t>();

@@ -75,6 +75,12 @@ void bind_rows(py::module_& module) {
              py::arg("out"), NoGil());
   module.def("fold_rows", &fold_rows, py::arg("codec"), py::arg("rows"), py::arg("spread"), py::arg("weighted"),
              py::arg("wire"), NoGil());
+  module.def(
+      "gather_bytes",
+      [](const at::Tensor& from, const std::optional<at::Tensor>& index, const at::Tensor& to) {
+        gather_bytes(from, index.value_or(at::Tensor()), to);
+      },
+      py::arg("from_"), py::arg("index"), py::arg("to"), NoGil());
   module.def("dot_rows", &dot_rows, py::arg("codec"), py::arg("wire"), py::arg("spread"), py::arg("rows"),
              py::arg("top_k"), NoGil());
 }
