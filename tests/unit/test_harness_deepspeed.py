@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
+from tests.conftest import make_pool
 from tests.harness.ranks import RankPool
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -99,6 +101,14 @@ def train(expert_parallel_size: int, zero_stage: int, use_mpu: bool) -> list[flo
 def count_threads() -> int:
     """Threads of this process, Python's and others."""
     return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.fixture(scope="module")
+def ranks(pytestconfig: pytest.Config) -> Iterator[RankPool]:
+    """Processes of this file's own: of the session's some may have imported planmoe, and those wait for the others."""
+    pool = make_pool(pytestconfig)
+    yield pool
+    pool.close()
 
 
 def test_trains_as_in_new_processes(ranks: RankPool) -> None:
