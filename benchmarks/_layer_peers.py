@@ -18,8 +18,6 @@ from benchmarks._layer_cases import Shape
 ROOT = Path(__file__).resolve().parent.parent
 CAPACITY_FACTOR = 1.25  # of those that pad
 Forward = Callable[[torch.Tensor], torch.Tensor]  # [T, H] -> [T, H]
-
-
 Maker = Callable[[Shape, torch.device], tuple[nn.Module, Forward]]
 
 

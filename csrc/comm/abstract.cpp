@@ -1,7 +1,6 @@
 #include "abstract.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
 #include <future>
@@ -11,9 +10,6 @@ namespace planmoe {
 namespace {
 
 constexpr int kPhases = 128;
-
-// Rows on the wire have no gradients: the many views of them go past autograd's layers, which take half their time.
-using WithoutAutograd = at::AutoDispatchBelowADInplaceOrView;
 
 void check_rows(const char* name, const at::Tensor& tensor, const char* splits_name, const std::vector<int64_t>& splits,
                 int64_t group_size, c10::Device device) {
@@ -140,7 +136,6 @@ std::shared_ptr<Exchange> AbstractComm::numbered(std::shared_ptr<Exchange> excha
 void AbstractComm::check_open() const { TORCH_CHECK_VALUE(!closed_, "this all-to-all was closed"); }
 
 std::shared_ptr<Exchange> AbstractComm::start(std::vector<ExchangeSpec> parts) {
-  const WithoutAutograd guard;
   check_open();
   for (auto& part : parts) {
     check(part);
@@ -158,14 +153,12 @@ std::vector<int64_t> AbstractComm::first_hops() const {
 
 std::shared_ptr<Exchange> AbstractComm::dispatch(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
                                                  const RowRoutes& routes) {
-  const WithoutAutograd guard;
   check_open();
   return numbered(post_dispatch(rows, itinerary, routes));
 }
 
 std::shared_ptr<Exchange> AbstractComm::combine(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
                                                 const RowSums& sums) {
-  const WithoutAutograd guard;
   check_open();
   return numbered(post_combine(rows, itinerary, sums));
 }
