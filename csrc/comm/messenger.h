@@ -19,7 +19,7 @@ class Messenger {
 };
 
 // By the calls of the library that is behind a process group, where the extension was built for it and `communicator`
-// (its handle there) is not null. Otherwise by the group's own, which take the host several times as long.
+// (its handle there) is not null. Otherwise by the group's own, which take the host about twice as long.
 std::unique_ptr<Messenger> make_messenger(c10::intrusive_ptr<c10d::ProcessGroup> group, void* communicator,
                                           c10::Device device);
 
