@@ -27,7 +27,7 @@ def train_after_imports(section: Any, order: list[str]) -> tuple[bool, float]:
     model = _Model(torch.nn.Linear(HIDDEN, HIDDEN), MoE(HIDDEN, torch.nn.Linear(HIDDEN, HIDDEN), 4, 2, k=2))
     config = {"train_batch_size": 2 * BATCH, **({} if section is None else {"planmoe": section})}
     engine, *_ = initialize(model=model.module, config=config)
-    output = model.run(torch.ones(BATCH, HIDDEN))
+    output = model.run(torch.ones(BATCH, HIDDEN, device=engine.device))
     return hasattr(engine, "planmoe"), float(output)
 
 

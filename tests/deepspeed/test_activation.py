@@ -132,7 +132,7 @@ def train_without_engine() -> str:
     """How a model that never meets deepspeed.initialize differs from one that does."""
     engine = make_engine(Case("engine", TWO_RANKS))
     torch.manual_seed(0)
-    model = TinyModel(TWO_RANKS, make_moe=planmoe_ds.MoE)
+    model = TinyModel(TWO_RANKS, make_moe=planmoe_ds.MoE).to(engine.device)
     for block in model.blocks:
         block.moe.set_deepspeed_parallelism()
     session = planmoe_ds.activate(model, EXACT)

@@ -87,7 +87,7 @@ def test_all_tokens_to_one_expert(ranks: RankPool, config: Any, drop_tokens: boo
 def uneven_batches(section: Any) -> Values:
     """Outputs and gradients where every rank has another number of tokens, rank 1 none at all."""
     engine = make_engine(Case("uneven", two_layers(k=2, min_capacity=1)), section)
-    tokens = torch.randn((5, 0, 1, 40)[dist.get_rank()], HIDDEN)
+    tokens = torch.randn((5, 0, 1, 40)[dist.get_rank()], HIDDEN).to(engine.device)
     _, output = engine.module(tokens)
     output.square().sum().backward()
     return {"output": output.detach(), **gradients(engine.module)}
@@ -146,7 +146,7 @@ def which_are_nan(section: Any, spoilt: str) -> Values:
     if spoilt == "tokens" and dist.get_rank() == 1:
         tokens[0, 0, 0] = torch.nan
     _, output = engine.module(tokens)
-    weight = torch.ones(output.shape)
+    weight = torch.ones_like(output)
     if spoilt == "gradient" and dist.get_rank() == 1:
         weight[0, 0] = torch.nan
     (output * weight).sum().backward()

@@ -14,7 +14,7 @@ from torch import nn
 from planmoe_ds.experts import Experts
 from planmoe_ds.plan import ExpertLayout, Routes
 from planmoe_ds.sharded_experts import forward_sharded
-from tests.engine.support import make_layer, slots_of
+from tests.engine.support import make_layer, rank_device, slots_of
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -72,11 +72,12 @@ def compare(settings: dict[str, Any], num_shards: int) -> dict[str, float]:
     num_local = EXPERTS * num_shards // size
     mine = range(holder * num_local, (holder + 1) * num_local)
     part = slice(shard * INNER // num_shards, (shard + 1) * INNER // num_shards)
+    device = rank_device()
     pairs = [
-        (nn.Parameter(first[:, part].clone()), nn.Parameter(second[part].clone()))
+        (nn.Parameter(first[:, part].clone().to(device)), nn.Parameter(second[part].clone().to(device)))
         for first, second in map(make_weights, mine)
     ]
-    tokens, chosen, weights = make_inputs(rank)
+    tokens, chosen, weights = (values.to(device) for values in make_inputs(rank))
     tokens.requires_grad_()
     weights.requires_grad_()
     layer = make_layer(settings)
@@ -110,7 +111,7 @@ def compare(settings: dict[str, Any], num_shards: int) -> dict[str, float]:
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     if expected.numel() == 0:
         return 0.0
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    return float((found.cpu() - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])

@@ -180,7 +180,7 @@ def run_stages() -> float:
     assert chunks[0].planmoe is session
     assert session.num_layers == 2
     layer = next(module for module in chunks[0].modules() if hasattr(module, "token_dispatcher"))
-    hidden = torch.randn(6, 2, 16)
+    hidden = torch.randn(6, 2, 16, device=training.DEVICE)
     expected, _ = layer(hidden)
     dispatcher = layer.token_dispatcher
     probs, routing_map = layer.router(hidden)
@@ -208,9 +208,9 @@ def use_spec() -> str:
     config = training.make_config(SHORT)
     spec = with_planmoe(get_moe_module_spec(use_te=False, num_experts=8, moe_grouped_gemm=False))
     is_partial = isinstance(spec, functools.partial)  # 0.19 and later
-    layer = spec(config=config) if is_partial else build_module(spec, config=config)
+    layer = (spec(config=config) if is_partial else build_module(spec, config=config)).to(training.DEVICE)
     layer.set_layer_number(1)
-    hidden = torch.randn(4, 2, 16)
+    hidden = torch.randn(4, 2, 16, device=training.DEVICE)
     try:
         layer(hidden)
     except training.PlanMoEError as error:
