@@ -19,6 +19,9 @@ class Stamp {
  public:
   // Nanoseconds on the host's monotonic clock; on an accelerator this blocks until the stream has passed the stamp.
   int64_t ns() const;
+  // On an accelerator: `stream` goes on once this moment has passed, and whether it has.
+  void block(const c10::Stream& stream) const { event_->block(stream); }
+  bool passed() const { return event_->query(); }
 
  private:
   friend class Clock;

@@ -304,6 +304,9 @@ def spread_rows(codec: Compressor, wire: torch.Tensor, spread: Spread, weighted:
 def gather_bytes(from_: torch.Tensor, index: torch.Tensor | None, to: torch.Tensor) -> None:
     """Bytes [n, W]: to[i] = from_[index[i]], or from_[i] without an index; `to` may be columns of wider rows."""
 
+def pack_columns(columns: list[tuple[torch.Tensor, int]], width: int) -> torch.Tensor:
+    """Numbers [K, T] and bytes to take of each -> uint8 [T, width], the numbers of each row one after the other."""
+
 def fold_rows(codec: Compressor, rows: torch.Tensor, spread: Spread, weighted: bool, wire: torch.Tensor) -> None: ...
 def dot_rows(codec: Compressor, wire: torch.Tensor, spread: Spread, rows: torch.Tensor, top_k: int) -> torch.Tensor: ...
 

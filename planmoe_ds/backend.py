@@ -31,6 +31,7 @@ fold_rows = _C.fold_rows
 gather_bytes = _C.gather_bytes
 order_tokens = _C.order_tokens
 order_tokens_on_device = _C.order_tokens_on_device
+pack_columns = _C.pack_columns
 routes_on_device = _C.routes_on_device
 spread_rows = _C.spread_rows
 sum_rows = _C.sum_rows
@@ -65,6 +66,7 @@ __all__ = [
     "make_scheduler",
     "order_tokens",
     "order_tokens_on_device",
+    "pack_columns",
     "routes_on_device",
     "scheduler_names",
     "spread_rows",

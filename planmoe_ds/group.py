@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -136,22 +136,17 @@ class ExpertGroup:
         rows = [list_of_rank, padded, place] + ([list(chunk_of_rank)] if chunk_of_rank else [])
         return torch.tensor(rows, dtype=torch.int32).to(self.comm.device)
 
-    @contextmanager
-    def waiting(self, exchange: Exchange, what: str) -> Iterator[None]:
+    def waiting(self, exchange: Exchange, what: str) -> AbstractContextManager[None]:
         """Wait for an exchange inside; PlanMoEError, the same on every rank, when one of them cannot go on."""
         if self.watchdog is None:
-            yield
-            return
+            return nullcontext()
         on_device = None if self.comm.device.type == "cpu" else exchange
-        with self.watchdog.waiting(self.number, exchange.number, what, on_device):
-            yield
+        return self.watchdog.waiting(self.number, exchange.number, what, on_device)
 
-    @contextmanager
-    def working(self, what: str, phase: int) -> Iterator[None]:
+    def working(self, what: str, phase: int) -> AbstractContextManager[None]:
         """Start exchanges inside: of `phase` (see Comm.set_phase). An error that leaves is told to all ranks."""
         self.comm.set_phase(phase)
-        with nullcontext() if self.watchdog is None else self.watchdog.reporting(what):
-            yield
+        return nullcontext() if self.watchdog is None else self.watchdog.reporting(what)
 
     def check(self) -> None:
         """Raise the reason to stop, if there is one; on an accelerator once it has done all that was started."""
@@ -188,11 +183,13 @@ class ExpertGroup:
         """For every rank, a digest of the order in which this one launched the exchanges of groups they share."""
         return self.ledger.digests(self.global_ranks)
 
-    def exchange(self, send: torch.Tensor, send_rows: list[int], recv_rows: list[int]) -> Arrival:
-        """Start moving `send` [sum(send_rows), W]; returns rows [sum(recv_rows), W] on their way."""
+    def exchange(
+        self, send: torch.Tensor, send_rows: list[int], recv_rows: list[int], into: torch.Tensor | None = None
+    ) -> Arrival:
+        """Start moving `send` [sum(send_rows), W]; returns rows [sum(recv_rows), W] on their way, `into` if given."""
         if self.size == 1:
             return Arrival(send, None)
-        recv = send.new_empty((sum(recv_rows), send.shape[1]))
+        recv = send.new_empty((sum(recv_rows), send.shape[1])) if into is None else into
         self._record()
         return Arrival(recv, self.comm.start(send, send_rows, recv, recv_rows))
 

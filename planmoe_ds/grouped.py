@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class GroupedExperts:
         """Whether this device has a grouped GEMM for these sizes and dtypes, and nobody watches the modules."""
         if not buffer.is_cuda or buffer.shape[0] == 0 or not hasattr(torch, "_grouped_mm"):
             return False
-        if torch.cuda.get_device_capability(buffer.device) < (9, 0) or torch.is_autocast_enabled("cuda"):
+        if not _is_recent(buffer.device) or torch.is_autocast_enabled("cuda"):
             return False
         first = [self.weights(name)[0] for name in self.names]
         return all(
@@ -87,11 +87,10 @@ class GroupedExperts:
     def run(
         self, buffer: torch.Tensor, ends: torch.Tensor, route_weights: torch.Tensor | None = None, *, keep: bool
     ) -> GroupedGraph:
-        """Buffer [R, H], the experts' rows one after the other up to ends [L]; keep: a backward will follow.
+        """Buffer [R, H], the experts' rows one after the other up to ends, int32 [L]; keep: a backward will follow.
 
         route_weights: [R], where the experts multiply by them.
         """
-        ends = ends.to(torch.int32)
         leaves = [self._project(name, buffer, ends) for name in self.names[:-1]]
         scales = [] if route_weights is None else [route_weights.detach()]
         with torch.set_grad_enabled(keep):
@@ -178,6 +177,12 @@ class GroupedGraph:
                 totals[place] = add_gradients(totals[place], gradient)
                 place += 1
         self.waiting = None
+
+
+@cache
+def _is_recent(device: torch.device) -> bool:
+    """Whether torch's grouped GEMM runs there."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -42,7 +42,7 @@ class Header:
 
     def numbers(self) -> list[int]:
         """What tells a header from anything else, then all fields."""
-        return [mark(), *(getattr(self, field.name) for field in fields(self))]
+        return [mark(), *vars(self).values()]
 
 
 def pass_phase(layer: int, phase: str) -> int:

@@ -6,7 +6,7 @@ Shape legend: T tokens, K routes per token, H hidden size, N rows of this rank (
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -108,7 +108,7 @@ class ExpertParallelLayer:
         )
         with self.group.working(label.describe(), PLAN_PHASE):
             plan = build_plan(routes.expert_KT, talk, buffer)
-            orders = self._planner.next_call(self._facts(header))
+            orders = self._planner.next_call({} if self.config.plans is None else self._facts(header))
         self.recorder.add_load(self.index, routes.expert_KT, routes.num_experts)
         keep_graph = torch.is_grad_enabled()
         codecs, meter = self._agreed_codecs(plan, tokens_TH.dtype, keep_graph)
@@ -142,11 +142,15 @@ class ExpertParallelLayer:
             dtype=dtype_code(tokens_TH.dtype),
             routes_per_token=routes.expert_KT.shape[0],
             num_experts=routes.num_experts,
-            settings=digest(f"{__version__} {self.config.model_dump_json()}"),
+            settings=self._settings,
         )
 
+    @cached_property
+    def _settings(self) -> int:
+        return digest(f"{__version__} {self.config.model_dump_json()}")
+
     def _facts(self, header: Header) -> dict[str, str]:
-        """What the layer's times depend on."""
+        """What the layer's times depend on, for those that are kept."""
         config = self.config
         return {
             "hidden size": str(header.hidden_size),

@@ -62,7 +62,7 @@ class ExpertLayout:
 
     rows_of_expert: tuple[int, ...]
     padded_shape: tuple[int, int, int] | None
-    ends: torch.Tensor | None = None  # int64 [L] on the accelerator, where each expert's rows end, if ragged
+    ends: torch.Tensor | None = None  # int32 [L] on the accelerator, where each expert's rows end, if ragged
 
     @property
     def num_rows(self) -> int:
@@ -200,15 +200,20 @@ class _Draft:
         return np.concatenate([base.ravel(), received.cumsum() - received])
 
     def ends(self) -> Integers:
-        """Where every expert's rows end in a ragged buffer."""
-        return np.array(self.layout.rows_of_expert, dtype=np.int64).cumsum()
+        """Where every expert's rows end in a ragged buffer: int32 numbers, two in each of the result's."""
+        rows = self.layout.rows_of_expert
+        ends = np.zeros(len(rows) + len(rows) % 2, dtype=np.int32)
+        np.cumsum(rows, out=ends[: len(rows)])
+        return ends.view(np.int64)
 
 
 def _upload(drafts: list[_Draft], device: torch.device) -> list[list[torch.Tensor]]:
     """Every chunk's tables, near and far, and ends, in one copy that the host does not wait for."""
     parts = [part for draft in drafts for part in (draft.table(0), draft.table(1), draft.ends())]
     sizes = [len(part) for part in parts]
-    uploaded = torch.from_numpy(np.concatenate(parts)).pin_memory().to(device, non_blocking=True).split(sizes)
+    numbers = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=True)
+    np.concatenate(parts, out=numbers.numpy())
+    uploaded = numbers.to(device, non_blocking=True).split(sizes)
     return [list(uploaded[first : first + 3]) for first in range(0, len(parts), 3)]
 
 
@@ -261,7 +266,7 @@ def _plan_chunk(
     far = side(1, order.far_token[share.chunk], order.far_return)
     layout = draft.layout
     if tables is not None and layout.padded_shape is None:
-        layout = replace(layout, ends=tables[2])
+        layout = replace(layout, ends=tables[2].view(torch.int32)[: len(layout.rows_of_expert)])
     rows = None
     if buffer.row_order is not None:
         rows = plan_row_trip(buffer.row_order, share.chunk, draft.counts_PL, draft.base_PL, draft.is_near, device)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -37,8 +37,7 @@ class StepStats:
     num_exchanges: int = 0
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(NamedTuple):
     """Where an event belongs."""
 
     name: str
@@ -93,8 +92,10 @@ class Recorder:
 
     def wait(self, exchange: Exchange, label: Label, group: ExpertGroup) -> None:
         """Wait for `exchange` of `group`, recording how long that took and when it ran."""
-        with self.span("wait", label), group.waiting(exchange, label.describe()):
+        start = self._clock.stamp()
+        with group.waiting(exchange, label.describe()):
             exchange.wait()
+        self._spans.append((label, "wait", start, self._clock.stamp()))
         with self._lock:
             self._exchanges.append((label, exchange))
             self._bytes_sent += exchange.bytes_sent

@@ -17,8 +17,8 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TypeVar
+from dataclasses import asdict
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -39,8 +39,7 @@ _FAILED = "failed"
 _Answer = TypeVar("_Answer")
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """Where a rank is: exchange `number` of group `group` (-1: none yet), `what` it does, `since` (time.time())."""
 
     group: int
@@ -86,7 +85,7 @@ class Watchdog:
         except RuntimeError as error:
             raise monitor.explain(error, what).error() from error
         finally:
-            monitor.move(replace(monitor.position, since=time.time(), waits=False), on_device)
+            monitor.move(monitor.position._replace(since=time.time(), waits=False), on_device)
 
     @contextlib.contextmanager
     def reporting(self, where: str) -> Iterator[None]:
@@ -153,7 +152,7 @@ class _Monitor(threading.Thread):
         if place.waits or self._on_device is None:
             return place
         begun, exchange = self._on_device
-        return place if exchange.passed else replace(begun, waits=True)
+        return place if exchange.passed else begun._replace(waits=True)
 
     def stop(self) -> None:
         """End the threads; the one that talks to the store says that this rank ended."""
@@ -245,7 +244,7 @@ class _Monitor(threading.Thread):
         self._store.set(f"pulse/{self.rank}", str(self._beat))
         position = self._place_of_wait()
         if position != self._published:
-            self._store.set(f"position/{self.rank}", json.dumps(asdict(position)))
+            self._store.set(f"position/{self.rank}", json.dumps(position._asdict()))
             self._published = position
         if self.reason is None and position.waits and time.time() - position.since > self._period:
             found = self._suspect(position)
@@ -292,7 +291,7 @@ class _Monitor(threading.Thread):
 
     def _missing(self, mine: Position, peer: int, how: str) -> Reason:
         theirs = self._position_of(peer)
-        last = "" if theirs is None else f"; it {replace(theirs, waits=False).describe()}"
+        last = "" if theirs is None else f"; it {theirs._replace(waits=False).describe()}"
         text = f"rank {peer} {how}, but rank {self.rank} {mine.describe()}{last}"
         return Reason(self.rank, "error", f"{text}\n{self._where_all_are()}")
 

@@ -26,6 +26,7 @@ from planmoe_ds.backend import (
     fold_rows,
     gather_bytes,
     make_compressor,
+    pack_columns,
     spread_rows,
 )
 from planmoe_ds.codecs import LinkCodecs
@@ -36,6 +37,7 @@ from planmoe_ds.rows import RowOrder
 
 Launch = Callable[[], SidedArrival]  # starts an exchange of rows that are packed already
 _MOST_SHORT_IDS = 1 << 15
+_PLACE_BYTES = 4
 _DEVICE_BYTES = 16  # accelerators read that much at once, so rows there start at multiples of it
 _NO_ROUTES = RowRoutes()  # ranks that pass rows on know them from the tokens' way out
 
@@ -62,7 +64,7 @@ class TokenColumns:
     @property
     def id_column(self) -> int:
         """Where the expert numbers start."""
-        return self.place_column + self.top_k * 4 * self.has_places
+        return self.place_column + self.top_k * _PLACE_BYTES * self.has_places
 
     @property
     def width(self) -> int:
@@ -75,17 +77,16 @@ def token_columns(
 ) -> TokenColumns:
     """The columns of all tokens of a layer call."""
     id_dtype = torch.int16 if num_experts <= _MOST_SHORT_IDS else torch.int32
-    columns = [weight_KT.detach(), expert_KT.to(id_dtype)]
+    columns = [(weight_KT.detach(), weight_KT.element_size()), (expert_KT, id_dtype.itemsize)]
     if order is not None:
-        columns.insert(1, order.place_KT)
-    as_bytes = [_bytes(values.t()) for values in columns]
+        columns.insert(1, (order.place_KT, _PLACE_BYTES))
     num_extra = top_k = expert_KT.shape[0]
+    width = top_k * sum(size for _, size in columns)
     if expert_KT.device.type != "cpu":
-        padding = -sum(values.shape[1] for values in as_bytes) % _DEVICE_BYTES
-        as_bytes.append(as_bytes[0].new_empty((expert_KT.shape[1], padding)))
+        width = -(-width // _DEVICE_BYTES) * _DEVICE_BYTES
         num_extra = -(-top_k * 4 // _DEVICE_BYTES) * _DEVICE_BYTES // 4
     return TokenColumns(
-        torch.cat(as_bytes, dim=1), top_k, weight_KT.dtype, id_dtype.itemsize, order is not None, num_extra
+        pack_columns(columns, width), top_k, weight_KT.dtype, id_dtype.itemsize, order is not None, num_extra
     )
 
 

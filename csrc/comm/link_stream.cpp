@@ -19,7 +19,7 @@ constexpr auto kStartTime = std::chrono::seconds(1);  // a leg takes less to sta
 
 class StreamTransfer final : public Transfer {
  public:
-  StreamTransfer(Leg leg, c10::Device device) : leg_(std::move(leg)), device_(device), finished_event_(device.type()) {}
+  StreamTransfer(Leg leg, c10::Device device) : leg_(std::move(leg)), device_(device) {}
 
   // Tensors must outlive the side stream's use of them: the current stream is ordered after it first.
   ~StreamTransfer() override {
@@ -35,19 +35,18 @@ class StreamTransfer final : public Transfer {
   }
 
   void order_current_stream() override {
-    if (posted_) finished_event_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+    if (posted_) finished_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
   }
 
-  bool passed() const override { return !posted_ || finished_event_.query(); }
+  bool passed() const override { return !posted_ || finished_.passed(); }
 
   std::pair<int64_t, int64_t> span_ns() const override { return {started_.ns(), finished_.ns()}; }
 
   Leg& leg() { return leg_; }
   void mark_started(const Clock& clock) { started_ = clock.stamp(); }
-  void mark_finished(const Clock& clock, const c10::Stream& side) {
+  void mark_finished(const Clock& clock) {
     bytes_sent = leg_.bytes_sent();
     finished_ = clock.stamp();
-    finished_event_.record(side);
     posted_ = true;
   }
   void fail(const std::string& reason) { failure_ = reason; }
@@ -55,7 +54,6 @@ class StreamTransfer final : public Transfer {
  private:
   Leg leg_;
   c10::Device device_;
-  c10::Event finished_event_;
   std::string failure_;
   std::atomic<bool> posted_ = false;
   bool waited_ = false;
@@ -88,7 +86,7 @@ class StreamLink final : public Link {
     transfer->mark_started(*clock_);
     try {
       carry(transfer->leg());
-      transfer->mark_finished(*clock_, side_);
+      transfer->mark_finished(*clock_);
     } catch (const std::exception&) {
       const auto reason = abort_reason();
       if (reason.empty()) throw;
@@ -118,7 +116,10 @@ class StreamLink final : public Link {
   void carry(Leg& leg) {
     if (leg.after) leg.after->order_current_stream();
     if (leg.prepare) leg.prepare(leg);
-    if (!leg.receives.empty() || !leg.sends.empty()) messenger_->send_and_receive(leg);
+    if (!leg.receives.empty() || !leg.sends.empty()) {
+      messenger_->send_and_receive(leg);
+      if (messenger_->copies_locally()) return;
+    }
     for (const auto& [from, to] : leg.local_copies) to.copy_(from, /*non_blocking=*/true);
   }
 

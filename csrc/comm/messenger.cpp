@@ -48,7 +48,7 @@ class GroupMessenger final : public Messenger {
 std::unique_ptr<Messenger> make_messenger(c10::intrusive_ptr<c10d::ProcessGroup> group, void* communicator,
                                           c10::Device device) {
   const auto maker = makers().find(device.type());
-  if (communicator != nullptr && maker != makers().end()) return maker->second(communicator);
+  if (communicator != nullptr && maker != makers().end()) return maker->second(communicator, group->getRank());
   return std::make_unique<GroupMessenger>(std::move(group), device);
 }
 

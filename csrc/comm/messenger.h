@@ -16,6 +16,8 @@ class Messenger {
  public:
   virtual ~Messenger() = default;
   virtual void send_and_receive(const Leg& leg) = 0;
+  // Whether send_and_receive makes the leg's local copies, too.
+  virtual bool copies_locally() const { return false; }
 };
 
 // By the calls of the library that is behind a process group, where the extension was built for it and `communicator`
@@ -23,8 +25,8 @@ class Messenger {
 std::unique_ptr<Messenger> make_messenger(c10::intrusive_ptr<c10d::ProcessGroup> group, void* communicator,
                                           c10::Device device);
 
-// Makes the messenger of a communicator. Called once, as the module loads.
-using MessengerMaker = std::function<std::unique_ptr<Messenger>(void* communicator)>;
+// Makes the messenger of a communicator in which this rank is `rank`. Called once, as the module loads.
+using MessengerMaker = std::function<std::unique_ptr<Messenger>(void* communicator, int64_t rank)>;
 bool add_messenger(c10::DeviceType type, MessengerMaker maker);
 
 }  // namespace planmoe

@@ -4,6 +4,10 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <utility>
 
 #include "device_rows.h"
 #include "routing_kernels.h"
@@ -120,19 +124,12 @@ class CudaKernels final : public DeviceRows {
   std::vector<at::Tensor> find_fan(const at::Tensor& rows, const RowRoutes& routes, const std::vector<int64_t>& ranks,
                                    const std::vector<int64_t>& counts) const override {
     const c10::cuda::CUDAGuard guard(rows.device());
-    const auto num_ranks = *std::max_element(ranks.begin(), ranks.end()) + 1;
-    std::vector<int32_t> list_of_rank(num_ranks, -1);
-    int64_t total = 0;
-    for (size_t g = 0; g < ranks.size(); ++g) {
-      list_of_rank[ranks[g]] = static_cast<int32_t>(g);
-      total += counts[g];
-    }
+    const auto total = std::accumulate(counts.begin(), counts.begin() + ranks.size(), int64_t{0});
     const auto options = rows.options();
-    const auto table =
-        at::from_blob(list_of_rank.data(), {num_ranks}, at::kInt).pin_memory().to(rows.device(), /*non_blocking=*/true);
+    const auto table = list_of_ranks(ranks, rows.device());
     ListArguments lists;
     lists.routes = ids_in(rows, routes);
-    lists.num_ranks = num_ranks;
+    lists.num_ranks = table.size(0);
     lists.num_lists = lists.num_near = static_cast<int64_t>(ranks.size());
     lists.list_of_rank = table.const_data_ptr<int32_t>();
     const auto first = at::empty({lists.num_lists * list_tiles(rows.size(0), 1, true) + 1}, options.dtype(at::kInt));
@@ -151,6 +148,22 @@ class CudaKernels final : public DeviceRows {
   }
 
  private:
+  // int32 on the device: the place of each rank in `ranks`, -1 for others. Made once, on a stream of its own that the host
+  // waits for; never freed, since the device may be gone when the program ends.
+  static at::Tensor list_of_ranks(const std::vector<int64_t>& ranks, c10::Device device) {
+    static std::mutex mutex;
+    static auto& tables = *new std::map<std::pair<c10::DeviceIndex, std::vector<int64_t>>, at::Tensor>;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto& table = tables[{device.index(), ranks}];
+    if (!table.defined()) {
+      std::vector<int32_t> places(*std::max_element(ranks.begin(), ranks.end()) + 1, -1);
+      for (size_t g = 0; g < ranks.size(); ++g) places[ranks[g]] = static_cast<int32_t>(g);
+      const c10::cuda::CUDAStreamGuard stream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index()));
+      table = at::tensor(at::ArrayRef<int32_t>(places), at::kInt).to(device);
+    }
+    return table;
+  }
+
   // tables: int32 [3 or 4, P], see routing.h.
   static void fill_lists(ListArguments& lists, const OrderRequest& request, const at::Tensor& tables) {
     const auto num_ranks = lists.num_ranks;

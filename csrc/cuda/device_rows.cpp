@@ -166,4 +166,22 @@ void DeviceRows::gather(const at::Tensor& from, const at::Tensor& index, const a
                            c10::cuda::getCurrentCUDAStream(from.device().index()).stream()));
 }
 
+void DeviceRows::pack_columns(const std::vector<Column>& columns, const at::Tensor& rows) const {
+  TORCH_CHECK_VALUE(columns.size() <= kMostColumns, "rows take ", kMostColumns, " columns at most, got ",
+                    columns.size());
+  ColumnArguments arguments;
+  for (const auto& [values, bytes] : columns) {
+    const auto size = values.element_size();
+    arguments.columns[arguments.num_columns++] = {static_cast<const uint8_t*>(values.const_data_ptr()),
+                                                  values.stride(0) * size, values.stride(1) * size, values.size(0),
+                                                  bytes};
+    arguments.numbers_per_row += values.size(0);
+  }
+  arguments.rows = rows.mutable_data_ptr<uint8_t>();
+  arguments.num_rows = rows.size(0);
+  arguments.width = rows.size(1);
+  const c10::cuda::CUDAGuard guard(rows.device());
+  check_launch(cuda::pack_columns(arguments, c10::cuda::getCurrentCUDAStream(rows.device().index()).stream()));
+}
+
 }  // namespace planmoe::cuda

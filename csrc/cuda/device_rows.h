@@ -33,6 +33,7 @@ class DeviceRows : public DeviceKernels {
   void encode_zfp(const at::Tensor& rows, double rate, const at::Tensor& wire) const final;
   void decode_zfp(const at::Tensor& wire, double rate, const at::Tensor& rows) const final;
   void gather(const at::Tensor& from, const at::Tensor& index, const at::Tensor& to) const final;
+  void pack_columns(const std::vector<Column>& columns, const at::Tensor& rows) const final;
 };
 
 }  // namespace planmoe::cuda

@@ -58,4 +58,20 @@ bool add_row_kernels(const std::string& codec, Scalar dtype, const RowKernels& k
 cudaError_t gather_rows(const uint8_t* from, int64_t from_stride, const int64_t* index, uint8_t* to, int64_t to_stride,
                         int64_t num_rows, int64_t width, cudaStream_t stream);
 
+// See pack_columns in csrc/kernels/columns.h; steps and bytes in bytes.
+constexpr int kMostColumns = 4;
+struct ColumnArguments {
+  struct Column {
+    const uint8_t* values;
+    int64_t route_step, row_step, num_routes, bytes;
+  };
+  Column columns[kMostColumns];
+  int num_columns = 0;
+  int64_t numbers_per_row = 0;  // of all columns
+  uint8_t* rows = nullptr;
+  int64_t num_rows = 0;
+  int64_t width = 0;
+};
+cudaError_t pack_columns(const ColumnArguments& arguments, cudaStream_t stream);
+
 }  // namespace planmoe::cuda

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../compressor/abstract.h"
+#include "columns.h"
 #include "routing.h"
 #include "wire_rows.h"
 
@@ -42,6 +43,7 @@ class DeviceKernels {
   virtual void encode_zfp(const at::Tensor& rows, double rate, const at::Tensor& wire) const = 0;
   virtual void decode_zfp(const at::Tensor& wire, double rate, const at::Tensor& rows) const = 0;
   virtual void gather(const at::Tensor& from, const at::Tensor& index, const at::Tensor& to) const = 0;
+  virtual void pack_columns(const std::vector<Column>& columns, const at::Tensor& rows) const = 0;
 
   virtual OrderedTokens order_tokens(const OrderRequest& request, const at::Tensor& tables, const CountLayout& layout,
                                      const at::Tensor& message) const = 0;

@@ -1,3 +1,4 @@
+#include "../kernels/columns.h"
 #include "../kernels/routing.h"
 #include "../kernels/wire_rows.h"
 #include "bind.h"
@@ -81,6 +82,14 @@ void bind_rows(py::module_& module) {
         gather_bytes(from, index.value_or(at::Tensor()), to);
       },
       py::arg("from_"), py::arg("index"), py::arg("to"), NoGil());
+  module.def(
+      "pack_columns",
+      [](const std::vector<std::pair<at::Tensor, int64_t>>& columns, int64_t width) {
+        std::vector<Column> found;
+        for (const auto& [values, bytes] : columns) found.push_back({values, bytes});
+        return pack_columns(found, width);
+      },
+      py::arg("columns"), py::arg("width"), NoGil());
   module.def("dot_rows", &dot_rows, py::arg("codec"), py::arg("wire"), py::arg("spread"), py::arg("rows"),
              py::arg("top_k"), NoGil());
 }

@@ -29,6 +29,8 @@ class Kind(Enum):
     COLLECT = "D2"
     WEIGHTS = "W"  # backward: gradients of the experts' weights, any time after EXPERT
 
+    __hash__ = object.__hash__  # Enum's own runs in Python, and every task is looked up by its kind
+
     @property
     def is_exchange(self) -> bool:
         """Whether it occupies links instead of the processor."""

@@ -47,7 +47,9 @@ def grouped_on_the_cpu() -> Iterator[list[int]]:
         if self.grouped is None:
             return None
         runs.append(len(layout.rows_of_expert))
-        return self.grouped.run(buffer, torch.tensor(layout.rows_of_expert).cumsum(0), weights, keep=keep)
+        return self.grouped.run(
+            buffer, torch.tensor(layout.rows_of_expert).cumsum(0, dtype=torch.int32), weights, keep=keep
+        )
 
     layer: Any = ExpertParallelLayer
     layer._with_groups = lambda self, experts, _device: with_groups(self, experts, torch.device("cuda"))
