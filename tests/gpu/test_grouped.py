@@ -65,7 +65,7 @@ def probe_of(output: torch.Tensor) -> torch.Tensor:
 
 def run(grouped: GroupedExperts, rows: torch.Tensor, *, split: bool) -> list[torch.Tensor]:
     """Output, gradient of the rows, gradients of the parameters in their own order."""
-    graph = grouped.run(rows, torch.tensor(COUNTS, device=rows.device).cumsum(0), keep=True)
+    graph = grouped.run(rows, torch.tensor(COUNTS, device=rows.device).cumsum(0, dtype=torch.int32), keep=True)
     totals: list[torch.Tensor | None] = [None] * len(grouped.parameters)
     grad, _ = graph.input_gradient(probe_of(graph.output), grouped.parameters, totals, split=split, keep=False)
     if split:
@@ -129,7 +129,7 @@ def check_weighted(device: str, dtype: torch.dtype, rounding: float, shared: boo
     assert grouped is not None
     rows = torch.randn(sum(COUNTS), 64, device=device, dtype=dtype)
     scales = torch.rand(sum(COUNTS), device=device)
-    graph = grouped.run(rows, torch.tensor(COUNTS, device=device).cumsum(0), scales, keep=True)
+    graph = grouped.run(rows, torch.tensor(COUNTS, device=device).cumsum(0, dtype=torch.int32), scales, keep=True)
     probe = probe_of(graph.output)
     totals: list[torch.Tensor | None] = [None] * len(grouped.parameters)
     found = [graph.output, *graph.input_gradient(probe, grouped.parameters, totals, split=True, keep=False)]
@@ -179,7 +179,7 @@ def test_data_and_weight_gradients_apart() -> None:
 def test_a_second_backward_finds_the_same() -> None:
     grouped = recognise([gelu(True) for _ in COUNTS])
     assert grouped is not None
-    rows, ends = torch.randn(sum(COUNTS), 64), torch.tensor(COUNTS).cumsum(0)
+    rows, ends = torch.randn(sum(COUNTS), 64), torch.tensor(COUNTS).cumsum(0, dtype=torch.int32)
     graph = grouped.run(rows, ends, keep=True)
     found = []
     for keep in (True, False):
