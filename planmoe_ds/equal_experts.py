@@ -69,9 +69,8 @@ def _are_alike(modules: Sequence[nn.Module]) -> bool:
 
 
 def _match(modules: Sequence[nn.Module]) -> GroupedExperts | None:
-    try:
-        graph = fx.Tracer().trace(modules[0])
-    except Exception:  # noqa: BLE001  whatever a module does that cannot be traced: it runs as it is
+    graph = _trace(modules[0])
+    if graph is None:
         return None
     nodes = [node for node in graph.nodes if node.op != "output"]
     linears = [node for node in nodes if _module_of(modules[0], node, (nn.Linear,))]
@@ -89,6 +88,25 @@ def _match(modules: Sequence[nn.Module]) -> GroupedExperts | None:
         return None
     inner, gated, outer = pattern
     return GroupedExperts(tuple(modules), inner, outer, gated, _activation(modules[0], acts[0]))
+
+
+def _trace(module: nn.Module) -> fx.Graph | None:
+    """What the module computes; None for one that cannot be traced, or that keeps something of its calls.
+
+    Tracing runs the module's Python: buffers that it wrote to could not be put back, its attributes can.
+    """
+    if next(module.buffers(), None) is not None:
+        return None
+    before = [(part, dict(vars(part))) for part in module.modules()]
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception:  # noqa: BLE001  whatever a module does that cannot be traced: it runs as it is
+        graph = None
+    for part, attributes in before:
+        if list(map(id, vars(part).values())) != list(map(id, attributes.values())):
+            part.__dict__ = attributes
+            graph = None
+    return graph
 
 
 def _pattern(

@@ -51,6 +51,23 @@ class Scaled(nn.Module):
         return 2 * self.outer(functional.gelu(self.inner(tokens)))
 
 
+class Counting(nn.Module):
+    """An expert that counts its calls, in a buffer or in an attribute."""
+
+    def __init__(self, in_a_buffer: bool) -> None:
+        super().__init__()
+        self.body = gelu(False)
+        if in_a_buffer:
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        else:
+            self.calls = 0
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        output: torch.Tensor = self.body(tokens)
+        return output
+
+
 def gelu(bias: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 96, bias), nn.GELU(approximate="tanh"), nn.Linear(96, 64, bias))
 
@@ -221,3 +238,12 @@ def test_what_is_not_recognised() -> None:
     one = gelu(True)
     assert recognise([one, one]) is None
     assert recognise([nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 4))] * 1) is None
+
+
+@pytest.mark.parametrize("in_a_buffer", [False, True])
+def test_what_counts_its_calls_is_left_alone(in_a_buffer: bool) -> None:
+    modules = [Counting(in_a_buffer) for _ in range(2)]
+    assert recognise(modules) is None
+    assert [int(module.calls) for module in modules] == [0, 0]
+    modules[0](torch.zeros(1, 64))
+    assert int(modules[0].calls) == 1
