@@ -6,7 +6,9 @@
 # Suites: faults, recovery (and links, as root), parallel (Megatron), engine, deepspeed, scripts (Megatron-LM's
 # pretrain_gpt.py; MEGATRON_LM names a checkout), layer and training (benchmarks). All of them where none is named. Four
 # ranks share the cards where there are fewer: that takes NCCL 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1.
-# Environment: SECONDS_EACH (600), PYTHON (python3).
+# Environment: SECONDS_EACH (600), PYTHON (python3), and PROCESSES (1): so many pytest processes at a time run parallel,
+# engine and deepspeed, each on one card. More than two on a card want CUDA's Multi-Process Service
+# (`nvidia-cuda-mps-control -d`), and NCCL_MAX_NCHANNELS=2 makes their start quicker.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 output=$(mkdir -p "${1:-output/nccl_check}" && cd "${1:-output/nccl_check}" && pwd)
@@ -31,13 +33,30 @@ suite() {
     grep -E 'passed|failed|skipped|error|RESULT|^FAILED|^ERROR' "$output/$name.log" | tail -n 20 | sed 's/^/    /'
 }
 
-over_nccl() { suite "$1" "$PYTHON" -m pytest -q --backend nccl "${@:2}"; }
+over_nccl() {
+    local name=$1 cards number processes=()
+    shift
+    if [ "${PROCESSES:-1}" -eq 1 ]; then
+        suite "$name" "$PYTHON" -m pytest -q --backend nccl "$@"
+        return
+    fi
+    cards=$(nvidia-smi -L | wc -l)
+    for number in $(seq "$PROCESSES"); do
+        (
+            export CUDA_VISIBLE_DEVICES=$(((number - 1) % cards))
+            suite "$name-$number" "$PYTHON" -m pytest -q --backend nccl --shard "$number/$PROCESSES" "$@"
+            exit "$status"
+        ) &
+        processes+=($!)
+    done
+    for number in "${processes[@]}"; do wait "$number" || status=1; done
+}
 
 for name in "${suites[@]}"; do
     case $name in
         faults) suite "$name" "$PYTHON" -m pytest -q tests/faults/test_on_gpus.py ;;
         recovery) suite "$name" "$PYTHON" -m pytest -q -m gpu tests/faults/test_recovery.py tests/faults/test_links.py ;;
-        parallel) over_nccl "$name" tests/megatron/test_parity.py ;;
+        parallel) over_nccl "$name" tests/megatron/test_parity.py tests/megatron/test_activation.py ;;
         engine) over_nccl "$name" tests/engine ;;
         deepspeed) over_nccl "$name" tests/deepspeed ;;
         scripts) suite "$name" "$PYTHON" -m pytest -q tests/megatron/test_megatron_lm.py -k gpus ;;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 
 import pytest
@@ -21,8 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the gpu tests, saying why, where there is no CUDA device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the other shards' tests out; skip the gpu tests, saying why, where there is no CUDA device."""
+    number, total = config.getoption("--shard")
+    items[:] = items[number - 1 :: total]
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if not gpu_items:
         return
@@ -46,6 +49,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--ranks-per-host", type=int, default=0, help="NCCL: ranks that it takes to be on one host; 0: all of them"
     )
+    parser.addoption(
+        "--shard", type=_shard, default=(1, 1), metavar="I/N", help="run every N-th test only, from the I-th on"
+    )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, slash, total = text.partition("/")
+    if not (slash and number.isdigit() and total.isdigit() and 1 <= int(number) <= int(total)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected I/N with 1 <= I <= N")
+    return int(number), int(total)
 
 
 def make_pool(config: pytest.Config, backend: str | None = None, preload: bool = True) -> RankPool:
