@@ -280,10 +280,7 @@ def find_experts(
     source_rows: list[int],
     place_offset: int = -1,
     table: torch.Tensor | None = None,
-    num_places: int = -1,
-) -> Spread:
-    """See ArrivedRows in csrc/kernels/routing.h."""
-
+) -> Spread: ...
 def unpack_add(
     codec: Compressor,
     wire: torch.Tensor,
