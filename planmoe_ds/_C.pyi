@@ -280,7 +280,10 @@ def find_experts(
     source_rows: list[int],
     place_offset: int = -1,
     table: torch.Tensor | None = None,
-) -> Spread: ...
+    num_places: int = -1,
+) -> Spread:
+    """See ArrivedRows in csrc/kernels/routing.h."""
+
 def unpack_add(
     codec: Compressor,
     wire: torch.Tensor,

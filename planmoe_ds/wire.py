@@ -326,4 +326,5 @@ class Wire:
             source_rows=side.received_rows,
             place_offset=first + columns.place_column if columns.has_places else -1,
             table=side.table,
+            num_places=chunk.layout.num_rows,
         )

@@ -110,6 +110,7 @@ class CudaKernels final : public DeviceRows {
       arguments.weight = spread.weight.mutable_data_ptr<float>();
     }
     arguments.num_entries = arrived.num_entries;
+    arguments.num_places = arrived.num_places;
     const auto tiles = spread_tiles(rows.size(0), arrived.routes.top_k);
     const auto histogram = at::empty({tiles * (arrived.routes.experts_per_rank + 1)}, options.dtype(at::kInt));
     arguments.histogram = histogram.mutable_data_ptr<int32_t>();
@@ -134,7 +135,8 @@ class CudaKernels final : public DeviceRows {
     lists.list_of_rank = table.const_data_ptr<int32_t>();
     const auto first = at::empty({lists.num_lists * list_tiles(rows.size(0), 1, true) + 1}, options.dtype(at::kInt));
     const auto most = lists.num_lists * rows.size(0);
-    const auto found = at::empty({std::max<int64_t>(most, total)}, options.dtype(at::kLong));
+    const auto found =
+        at::zeros({std::max<int64_t>(most, total)}, options.dtype(at::kLong));  // a peer may have sent less
     lists.first = first.mutable_data_ptr<int32_t>();
     lists.rows = found.mutable_data_ptr<int64_t>();
     check_launch(launch_lists(lists, current_stream(rows)));

@@ -84,10 +84,16 @@ __device__ __forceinline__ void write_entry(const SpreadArguments& a, int64_t en
     const uint8_t* at = a.places + row * a.routes.row_stride + 4 * k;
     target += load_bytes<int32_t>(at, reinterpret_cast<uintptr_t>(at) % 4 == 0);
   }
-  a.target[entry] = target;
+  a.target[entry] = a.num_places < 0 ? target : max(int64_t{0}, min(target, a.num_places - 1));
   a.route[entry] = k;
   a.source[entry] = row;
   if (a.weight != nullptr) a.weight[entry] = weight_of(a, row, k);
+}
+
+// Of a peer that sent less than it had announced.
+__device__ void clear_entry(const SpreadArguments& a, int64_t entry) {
+  a.target[entry] = a.route[entry] = a.source[entry] = 0;
+  if (a.weight != nullptr) a.weight[entry] = 0;
 }
 
 __global__ void __launch_bounds__(kThreads) place_entries(const __grid_constant__ SpreadArguments a) {
@@ -130,7 +136,11 @@ __global__ void __launch_bounds__(kThreads) place_entries(const __grid_constant_
     if (at >= total) continue;
     const int64_t row = at / K, k = at - row * K;
     if (k == 0) a.start[row] = min(entry, a.num_entries);
-    if (at == total - 1) a.start[a.routes.num_rows] = min(entry + kept, a.num_entries);
+    if (at == total - 1) {
+      const int64_t end = min(entry + kept, a.num_entries);
+      a.start[a.routes.num_rows] = end;
+      for (int64_t missing = end; missing < a.num_entries; ++missing) clear_entry(a, missing);
+    }
     if (kept) write_entry(a, entry, row, k, route.local, rank_in_expert);
   }
 }

@@ -78,6 +78,7 @@ struct SpreadArguments {
   const uint8_t* weights = nullptr;  // [K] per row
   WeightType weight_type = WeightType::kFloat;
   int64_t num_entries = 0;
+  int64_t num_places = -1;       // no target beyond; -1: not known
   int32_t* histogram = nullptr;  // [tiles, L + 1] scratch
   int64_t* start = nullptr;      // results, see Spread
   int64_t* target = nullptr;

@@ -86,6 +86,9 @@ struct ArrivedRows {
   // Accelerators: int64 [P * L + P], base less the entries for the same expert from sources before on this side (base
   // itself with place_offset), then every source's first row. Not defined: tensor operations do without.
   at::Tensor table;
+  // Accelerators: rows of the buffer. What peers sent may be anything, above all where an exchange was aborted: no entry
+  // leads out of the buffer, and those that are missing are zero. -1: not known, peers are trusted.
+  int64_t num_places = -1;
 };
 
 // Which rows of the experts' buffer every arrived row feeds.

@@ -59,13 +59,15 @@ void bind_rows(py::module_& module) {
       "find_experts",
       [](at::Tensor rows, const RowRoutes& routes, int64_t first_id, int64_t num_entries, int64_t weight_offset,
          at::ScalarType weight_dtype, at::ScalarType row_dtype, std::vector<int64_t> base,
-         std::vector<int64_t> source_rows, int64_t place_offset, const std::optional<at::Tensor>& table) {
+         std::vector<int64_t> source_rows, int64_t place_offset, const std::optional<at::Tensor>& table,
+         int64_t num_places) {
         return find_experts({std::move(rows), routes, first_id, num_entries, weight_offset, weight_dtype, row_dtype,
-                             std::move(base), std::move(source_rows), place_offset, table.value_or(at::Tensor())});
+                             std::move(base), std::move(source_rows), place_offset, table.value_or(at::Tensor()),
+                             num_places});
       },
       py::kw_only(), py::arg("rows"), py::arg("routes"), py::arg("first_id"), py::arg("num_entries"),
       py::arg("weight_offset"), py::arg("weight_dtype"), py::arg("row_dtype"), py::arg("base"), py::arg("source_rows"),
-      py::arg("place_offset") = -1, py::arg("table") = py::none(), NoGil());
+      py::arg("place_offset") = -1, py::arg("table") = py::none(), py::arg("num_places") = -1, NoGil());
 
   module.def("unpack_add", &unpack_add, py::arg("codec"), py::arg("wire"), py::arg("dtype"), py::arg("index"),
              py::arg("sum"), py::arg("distinct") = false, NoGil());

@@ -113,6 +113,29 @@ def test_experts_chosen_twice_get_two_rows() -> None:
     assert torch.equal(plans[1].target.cpu(), plans[0].target)
 
 
+@pytest.mark.parametrize("with_places", [False, True])
+@pytest.mark.parametrize("announced", [0, 10, 4000])
+def test_no_entry_leads_out_of_the_buffer(announced: int, with_places: bool) -> None:
+    rows, top_k, per_rank = 500, 4, 3
+    anything = torch.randint(0, 256, (rows, 12 * top_k), generator=torch.Generator().manual_seed(3)).byte().cuda()
+    anything[::2, -2 * top_k :] = 0  # half of the rows are for an expert that is here
+    spread = find_experts(
+        rows=anything,
+        routes=RowRoutes(
+            offset=10 * top_k, top_k=top_k, id_bytes=2, experts_per_rank=per_rank, last_expert=per_rank
+        ),
+        first_id=0, num_entries=announced, weight_offset=0, weight_dtype=torch.float32, row_dtype=torch.bfloat16,
+        base=[], source_rows=[200, 300], place_offset=4 * top_k if with_places else -1,
+        table=torch.tensor([0, 2, 4, 1, 3, 5, 0, 200], device="cuda"), num_places=7,
+    )  # fmt: skip
+    assert spread.target.shape == (announced,)
+    assert ((spread.target >= 0) & (spread.target < 7)).all()
+    assert ((spread.source >= 0) & (spread.source < rows)).all()
+    assert ((spread.route >= 0) & (spread.route < top_k)).all()
+    assert ((spread.start >= 0) & (spread.start <= announced)).all()
+    assert (spread.start.diff() >= 0).all()
+
+
 def test_routes_to_missing_experts_are_counted() -> None:
     message = torch.zeros(1, 9, dtype=torch.int64, device="cuda")
     expert = torch.tensor([[0, 7, -1, 4]], device="cuda")
