@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import planmoe_ds.watchdog as watchdog_module
 from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError
 from planmoe_ds.stopping import Reason
 from tests.deepspeed.model import TinyModel, tell_experts_apart
-from tests.deepspeed.training import EXACT, Case, Values, difference, make_engine, train_engine, two_layers
+from tests.deepspeed.training import EXACT, Case, Values, batch, difference, make_engine, train_engine, two_layers
+from tests.faults.layers import die, seconds_until_error
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -39,6 +43,35 @@ def save_after_a_fault(folder: str) -> tuple[str, list[str]]:
 
 def test_weights_that_may_come_from_ended_exchanges_are_not_saved(ranks: RankPool, tmp_path: Path) -> None:
     assert ranks.run(4, save_after_a_fault, str(tmp_path)) == [("rank 1 was not heard of", [])] * 4
+
+
+def save_after_a_death(folder: str) -> tuple[str, list[str]]:
+    """The same where rank 1 died in its second exchange; on GPUs the others' hosts run ahead and save at once."""
+    with patch.object(watchdog_module, "SILENCE_SECONDS", 5.0):
+        engine = make_engine(CASES[0], EXACT)
+        comm = type(next(layer.planmoe.group.comm for layer in engine.module.modules() if hasattr(layer, "planmoe")))
+        dispatch, numbers = comm.dispatch, count(1)
+
+        def start_and_die(self: Any, *arguments: Any) -> Any:
+            exchange = dispatch(self, *arguments)
+            if dist.get_rank() == 1 and next(numbers) == 2:
+                die()
+            return exchange
+
+        with patch.object(comm, "dispatch", start_and_die):
+            seconds_until_error(lambda: engine(*batch(engine)))
+        with pytest.raises(PlanMoEError) as caught:
+            engine.save_checkpoint(folder)
+    return str(caught.value), [path.name for path in Path(folder).iterdir()]
+
+
+def test_weights_are_not_saved_after_a_rank_died(ranks: RankPool, tmp_path: Path) -> None:
+    outcomes = ranks.run(4, save_after_a_death, str(tmp_path), expect_failure=True, fresh=True, timeout=60)
+    for outcome in outcomes:
+        if outcome.rank != 1:
+            message, files = outcome.result
+            assert "rank 1 " in message.splitlines()[0], message
+            assert files == []
 
 
 def save_then_load(case: Case, folder: str, writer: Any, reader: Any) -> Values:

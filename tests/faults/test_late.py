@@ -109,9 +109,9 @@ def test_gathering_between_tensor_parallel_ranks_is_watched(ranks: RankPool) -> 
         assert "the exchange of rows between tensor-parallel ranks" in message, message
 
 
-def leave_when_done() -> tuple[float, str, str]:
+def leave_when_done(silence: float = 3.0) -> tuple[float, str, str]:
     """Rank 0 waits for rows of all others, of which the odd one has ended, and then is silent, and rank 3 is late."""
-    with patch.object(watchdog_module, "SILENCE_SECONDS", 3.0):
+    with patch.object(watchdog_module, "SILENCE_SECONDS", silence):
         group = Model({"timeout_seconds": 60}).layers[0].group
         watchdog: Any = group.watchdog
         rank, size = group.rank, group.size

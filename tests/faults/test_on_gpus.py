@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.faults import test_death, test_files, test_mismatch, test_numbers
+import planmoe_ds.watchdog as watchdog_module
+from tests.deepspeed import test_checkpoints
+from tests.faults import test_death, test_files, test_late, test_mismatch, test_numbers
 from tests.harness.ranks import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed, pytest.mark.slow]
@@ -71,6 +73,30 @@ def test_a_rank_that_ends_its_program(gpu_ranks: RankPool) -> None:
         assert kind == "PlanMoEError", (rank, kind, message)
         assert f"rank {test_death.ODD} ended its program" in message
         assert seconds < SECONDS
+
+
+def test_a_rank_that_ends_when_nobody_needs_it(gpu_ranks: RankPool) -> None:
+    silence = watchdog_module.SILENCE_SECONDS  # rank 3 is late by less
+    outcomes = gpu_ranks.run(4, test_late.leave_when_done, silence, fresh=True, timeout=120)
+    assert [found[1:] for found in outcomes] == [("", "")] * 4
+
+
+def test_a_rank_that_is_gone_while_it_waits_like_the_others(gpu_ranks: RankPool) -> None:
+    for rank, (seconds, kind, message) in enumerate(
+        gpu_ranks.run(4, test_late.freeze_while_waiting, fresh=True, timeout=120)
+    ):
+        assert kind == "PlanMoEError", (rank, message)
+        assert rank == test_death.ODD or f"rank {test_death.ODD} has not been heard of" in message, message
+        assert seconds < SECONDS
+
+
+def test_weights_are_not_saved_after_a_rank_died(gpu_ranks: RankPool, tmp_path: Path) -> None:
+    arguments = test_checkpoints.save_after_a_death, str(tmp_path)
+    for outcome in gpu_ranks.run(4, *arguments, expect_failure=True, fresh=True, timeout=120):
+        if outcome.rank != 1:
+            message, files = outcome.result
+            assert "rank 1 " in message.splitlines()[0], message
+            assert files == []
 
 
 def test_a_straggler(gpu_ranks: RankPool) -> None:
