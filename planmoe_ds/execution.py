@@ -184,7 +184,7 @@ def run_command(path: Path, folder: Path) -> int:
         total = sum(report.bound for report in reports) / sum(report.measured for report in reports)
         print(f"efficiency (lower bound / measured): {total:.1%}")
     else:
-        print('nothing was predicted: the scheduler learns costs only as "scheduler": "optimal"')
+        print("nothing was predicted: only the schedulers optimal and auto learn what tasks cost")
     for file in write_pictures(spans, predictions, folder):
         print(file)
     return 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
@@ -17,7 +17,10 @@ from planmoe_ds.trace import Lane, Phase, Span
 if TYPE_CHECKING:
     from planmoe_ds.group import ExpertGroup
 
-MAX_PENDING = 1 << 14  # events kept when nobody asks for them
+MAX_PENDING = 1 << 14  # events kept unread: then the older half is added up
+
+
+_Event = TypeVar("_Event")
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._clock = Clock(device)
         self._lock = threading.Lock()
-        self._spans: deque[tuple[Label, Lane, Stamp, Stamp]] = deque(maxlen=MAX_PENDING)
-        self._exchanges: deque[tuple[Label, Exchange]] = deque(maxlen=MAX_PENDING)
+        self._spans: deque[tuple[Label, Lane, Stamp, Stamp]] = deque()
+        self._exchanges: deque[tuple[Label, Exchange]] = deque()
+        self._seconds: dict[str, float] = defaultdict(float)  # by lane
         self._bytes_sent = 0
         self._stock_bytes = 0
         self._num_exchanges = 0
@@ -88,14 +92,14 @@ class Recorder:
         """Record the enclosed work on `lane` ("compute" or "wait")."""
         start = self._clock.stamp()
         yield
-        self._spans.append((label, lane, start, self._clock.stamp()))
+        self._keep_span(label, lane, start)
 
     def wait(self, exchange: Exchange, label: Label, group: ExpertGroup) -> None:
         """Wait for `exchange` of `group`, recording how long that took and when it ran."""
         start = self._clock.stamp()
         with group.waiting(exchange, label.describe()):
             exchange.wait()
-        self._spans.append((label, "wait", start, self._clock.stamp()))
+        self._keep_span(label, "wait", start)
         with self._lock:
             self._exchanges.append((label, exchange))
             self._bytes_sent += exchange.bytes_sent
@@ -131,18 +135,15 @@ class Recorder:
 
     def take(self) -> StepStats:
         """Totals since the last call, then start from zero; on an accelerator this waits for the recorded work."""
-        spans = self._drain()
-        seconds = dict.fromkeys(("wait", "compute", "exchange"), 0.0)
-        for span in spans:
-            lane = span.lane if span.lane in ("wait", "compute") else "exchange"
-            seconds[lane] += (span.end_ns - span.start_ns) * 1e-9
+        self._drain()
         with self._lock:
+            seconds, self._seconds = self._seconds, defaultdict(float)
             stats = StepStats(
                 bytes_sent=self._bytes_sent,
                 stock_bytes=self._stock_bytes,
-                exposed_seconds=seconds["wait"],
-                communication_seconds=seconds["exchange"],
-                expert_seconds=seconds["compute"],
+                exposed_seconds=seconds.pop("wait", 0.0),
+                expert_seconds=seconds.pop("compute", 0.0),
+                communication_seconds=sum(seconds.values(), 0.0),
                 num_exchanges=self._num_exchanges,
             )
             self._bytes_sent = self._stock_bytes = self._num_exchanges = 0
@@ -160,18 +161,29 @@ class Recorder:
         trace, self._trace = self._trace, None
         return sorted(trace if trace is not None else [], key=lambda span: span.start_ns)
 
-    def _drain(self) -> list[Span]:
-        """Read out the pending events; a running trace keeps a copy."""
+    def _keep_span(self, label: Label, lane: Lane, start: Stamp) -> None:
+        self._spans.append((label, lane, start, self._clock.stamp()))
+        if len(self._spans) >= MAX_PENDING:
+            self._drain(MAX_PENDING // 2)
+
+    def _drain(self, spared: int = 0) -> None:
+        """Add up pending events but about the last `spared`, which a device may not have got to; a trace keeps them."""
         with self._lock:
-            pending, exchanges = list(self._spans), list(self._exchanges)
-            self._spans.clear()
-            self._exchanges.clear()
+            share = max(0.0, 1 - spared / max(1, len(self._spans)))
+            pending, exchanges = _popped(self._spans, share), _popped(self._exchanges, share)
         spans = [_span(label, lane, start.ns(), end.ns()) for label, lane, start, end in pending]
         for label, exchange in exchanges:
             spans += [_span(label, lane, start, end) for lane, start, end in exchange.spans()]
-        if self._trace is not None:
-            self._trace += spans
-        return spans
+        with self._lock:
+            for span in spans:
+                self._seconds[span.lane] += (span.end_ns - span.start_ns) * 1e-9
+            if self._trace is not None:
+                self._trace += spans
+
+
+def _popped(events: deque[_Event], share: float) -> list[_Event]:
+    """The oldest events, taken out."""
+    return [events.popleft() for _ in range(round(share * len(events)))]
 
 
 def _span(label: Label, lane: Lane, start_ns: int, end_ns: int) -> Span:
