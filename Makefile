@@ -68,7 +68,15 @@ $(INSTALLED_DEV): requirements-dev.txt $(INSTALLED)
 	scripts/bootstrap.sh requirements-dev.txt
 	@touch $@
 
-$(COMPILED): $(INSTALLED) setup.py pyproject.toml $(NATIVE_SOURCES) $(ZFP_SOURCES)
+# PLANMOE_CUDA=1|0 where it was something else, or nothing, when the extension was compiled
+ifneq ($(PLANMOE_CUDA),)
+CUDA_CHOICE := $(VENV)/.cuda-$(PLANMOE_CUDA)
+$(CUDA_CHOICE): | $(INSTALLED)
+	@rm -f $(VENV)/.cuda-*
+	@touch $@
+endif
+
+$(COMPILED): $(INSTALLED) setup.py pyproject.toml $(NATIVE_SOURCES) $(ZFP_SOURCES) $(CUDA_CHOICE)
 	@echo "==> compiling planmoe_ds"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
