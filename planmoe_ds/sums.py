@@ -72,8 +72,9 @@ class Sums:
                 add_at(self.extra(), side.token, extra)
 
     def _add_on_device(self, chunk: ChunkPlan, rows: Sides) -> None:
-        wide, (first, last) = self._wire.wide_dtype, chunk.tokens
-        again = last - first == self._num_tokens and len(self._wire.plan.chunks) > 1  # other chunks have these tokens
+        wide, (first, last), chunks = self._wire.wide_dtype, chunk.tokens, self._wire.plan.chunks
+        every = (0, self._num_tokens)
+        again = len(chunks) > 1 and all(other.tokens == every for other in chunks)  # they have the same tokens
         if self._values is None:
             self._values = self._new_empty(self._wire.hidden, wide if again else self._wire.dtype)
             self._extra = self._new_empty(self._num_extra, wide)
