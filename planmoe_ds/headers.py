@@ -50,9 +50,14 @@ def pass_phase(layer: int, phase: str) -> int:
     return 1 + 2 * (layer % 63) + (phase == "backward")
 
 
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass on this thread: a layer's call is then one that is recomputed."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def phase_now() -> int:
     """The header's phase of a call that starts now."""
-    if torch._C._current_graph_task_id() != -1:
+    if in_backward():
         return _PHASES.index("inside backward")
     return _PHASES.index("with gradients" if torch.is_grad_enabled() else "without gradients")
 

@@ -24,10 +24,11 @@ from planmoe_ds.experts import Experts
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.grouped import GroupedExperts
 from planmoe_ds.guard import Meter, QualityGuard
-from planmoe_ds.headers import PLAN_PHASE, Header, digest, dtype_code, phase_now
+from planmoe_ds.headers import PLAN_PHASE, Header, digest, dtype_code, in_backward, phase_now
 from planmoe_ds.pipeline import LayerCall, run_experts
 from planmoe_ds.plan import BufferRequest, Routes, RoutingPlan, build_plan
 from planmoe_ds.plan_store import PlanStore
+from planmoe_ds.planner import CallOrders
 from planmoe_ds.recorder import Label, Recorder
 from planmoe_ds.rows import RowOrder, add_at, order_rows
 from planmoe_ds.wire import token_columns
@@ -52,6 +53,7 @@ class ExpertParallelLayer:
     _grouped: GroupedExperts | None = field(default=None, init=False)  # of the last experts
     _modules: tuple[nn.Module, ...] = field(default=(), init=False)
     _num_calls: int = field(default=0, init=False)
+    _decided: tuple[int, CallOrders] | None = field(default=None, init=False)  # chunks and orders of the last call
     _planner: Planner = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +110,7 @@ class ExpertParallelLayer:
         )
         with self.group.working(label.describe(), PLAN_PHASE):
             plan = build_plan(routes.expert_KT, talk, buffer)
-            orders = self._planner.next_call({} if self.config.plans is None else self._facts(header))
+            orders = self._next_orders(header)
         self.recorder.add_load(self.index, routes.expert_KT, routes.num_experts)
         keep_graph = torch.is_grad_enabled()
         codecs, meter = self._agreed_codecs(plan, tokens_TH.dtype, keep_graph)
@@ -121,12 +123,19 @@ class ExpertParallelLayer:
         self._leaves_checked |= check_leaves
         return result
 
+    def _next_orders(self, header: Header) -> CallOrders:
+        """What is recomputed in a backward pass goes as the last call did, so that it finds the same tensors."""
+        if self._decided is None or not in_backward():
+            num_chunks, facts = self._planner.num_chunks, {} if self.config.plans is None else self._facts(header)
+            self._decided = num_chunks, self._planner.next_call(facts)
+        return self._decided[1]
+
     def _with_groups(self, experts: Experts, device: torch.device) -> Experts:
         """The experts with what is known of running them together, looked up once; exact results do without."""
         if device.type == "cpu" or self.config.resolved_exactness is Exactness.EXACT:
             return experts
         modules = experts.members()
-        if modules != self._modules:
+        if modules != self._modules or not (self._grouped is None or self._grouped.is_current()):
             self._modules, self._grouped = modules, experts.find_groups() if modules else None
         return experts if self._grouped is None else experts.with_groups(self._grouped)
 
@@ -184,8 +193,8 @@ class ExpertParallelLayer:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of the next call: one where nothing travels."""
-        return self._planner.num_chunks
+        """Chunks of the next call, in a backward pass of the one before it; one where nothing travels."""
+        return self._decided[0] if self._decided is not None and in_backward() else self._planner.num_chunks
 
     @property
     def _recreates_padding(self) -> bool:

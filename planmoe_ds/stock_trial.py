@@ -15,9 +15,11 @@ from planmoe_ds.auto_planner import Planner
 from planmoe_ds.backend import Clock, Stamp
 from planmoe_ds.choose import TIE, in_words
 from planmoe_ds.group import ExpertGroup
+from planmoe_ds.headers import in_backward
 from planmoe_ds.planner import MEASURED, WARM_UP
 
 _CALLS = WARM_UP + MEASURED  # of either
+PATIENCE = 200  # calls: then one that waits for its backward counts as given up
 TRIAL_CALLS = 2 * _CALLS + 1  # planmoe's, stock's, and planmoe's in which the ranks decide
 
 Layer = Callable[[torch.Tensor], torch.Tensor]  # hidden states [..., H] -> output [..., H]
@@ -47,17 +49,23 @@ class StockTrial:
         self._clock = Clock(group.comm.device)
         self._times: dict[bool, list[_Times]] = {False: [], True: []}  # by uses_stock
         self._num_open = 0
+        self._since_change = 0  # calls that began while others waited for their backward
         self._stock_wins: bool | None = None
         self._is_over = False
         self.uses_stock = False
 
     def run(self, hidden: torch.Tensor, planmoe: Layer, stock: Layer) -> torch.Tensor:
         """The layer on hidden states [..., H], one way or the other; every rank of the group calls this."""
-        is_fresh = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+        is_fresh = torch.is_grad_enabled() and not in_backward()
         if self._is_over or not is_fresh or not hidden.requires_grad or not self._planner.is_settled:
             return (stock if self.uses_stock else planmoe)(hidden)
+        self._since_change += 1
         if self._num_open == 0:
+            self._since_change = 0
             self._change()
+        elif self._since_change > PATIENCE:
+            self._is_over, self.uses_stock = True, False
+            self._report("planmoe's dispatch", "not all forward passes had a backward one, so no other was timed")
         layer = stock if self.uses_stock else planmoe
         if self._is_over:
             return layer(hidden)
@@ -79,12 +87,13 @@ class StockTrial:
         times, found = _Times(), self._times[self.uses_stock]
 
         def begin() -> None:
-            times.backward.append(self._clock.stamp())
+            if not times.backward:
+                times.backward.append(self._clock.stamp())
 
         def end() -> None:
-            times.backward.append(self._clock.stamp())
-            self._num_open -= 1
-            if len(times.backward) == 2:
+            if len(times.backward) == 1:  # not in a second backward pass
+                times.backward.append(self._clock.stamp())
+                self._num_open -= 1
                 found.append(times)
 
         self._num_open += 1

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.deepspeed import experts, model
-from tests.deepspeed.training import Case, batch, compare_with_stock, make_engine, two_layers
+from tests.deepspeed.training import Case, batch, compare_with_stock, difference, make_engine, train, two_layers
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -35,6 +35,20 @@ REFUSED = (experts.ReentrantExpert, experts.DeepSpeedRecomputingExpert)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_recomputation(ranks: RankPool, case: Case) -> None:
     assert ranks.run(4, compare_with_stock, case, timeout=120) == [[]] * 4
+
+
+def differs_from_stock(case: Case, section: Any) -> str:
+    """See difference()."""
+    return difference(train(case), train(case, section), 1e-5)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE, ids=lambda recompute: recompute.__name__)
+@pytest.mark.parametrize("section", [{"chunks": 4, "scheduler": "optimal"}, True], ids=str)
+def test_what_is_recomputed_goes_as_it_went_forward(ranks: RankPool, recompute: model.Recompute, section: Any) -> None:
+    """Also in the step in which a scheduler takes another order, or number of chunks."""
+    layers = two_layers(ep_size=2, k=2 if section is True else 8)
+    case = Case("learns", layers, recompute=recompute, steps=16)
+    assert ranks.run(2, differs_from_stock, case, section, timeout=120) == [""] * 2
 
 
 def expert_calls(recompute: model.Recompute, section: Any) -> int:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from planmoe_ds.planner import MEASURED, WARM_UP
-from planmoe_ds.stock_trial import TRIAL_CALLS, StockTrial
+from planmoe_ds.stock_trial import PATIENCE, TRIAL_CALLS, StockTrial
 from tests.engine.support import make_layer
 from tests.harness.ranks import RankPool
 
@@ -58,12 +58,14 @@ def try_both(planmoe_ms: list[float], stock_ms: list[float], way: str = "plain")
         return trial.run(hidden, layer("planmoe", planmoe_ms), layer("stock", stock_ms))
 
     tokens = torch.ones(2, 2, requires_grad=True)
-    for _ in range(NUM_CALLS):
+    for number in range(NUM_CALLS if not way.startswith("one") else NUM_CALLS + PATIENCE):
         if way == "evaluated too":
             with torch.no_grad():
                 trial.run(tokens, lambda hidden: hidden, lambda hidden: hidden)
         output = checkpoint(call, tokens, use_reentrant=False) if way == "recomputed" else call(tokens)
-        if way != "never backward":
+        if way == "one twice" and number == 3:
+            output.sum().backward(retain_graph=True)
+        if way != "never backward" and (way, number) != ("one never", 8):
             output.sum().backward()
     return used, said
 
@@ -88,6 +90,18 @@ def test_what_is_recomputed_is_what_ran(ranks: RankPool) -> None:
     (mine, _), (theirs, _) = ranks.run(2, try_both, [60.0, 60.0], [1.0, 1.0], "recomputed")
     assert mine == theirs
     assert mine[::2] == mine[1::2] == [*TRIED, "stock", "stock"]
+
+
+@pytest.mark.parametrize("way", ["one never", "one twice"])
+def test_a_call_without_its_backward_ends_the_trial(ranks: RankPool, way: str) -> None:
+    (mine, said), (theirs, _) = ranks.run(2, try_both, [6.0, 6.0], [1.0, 1.0], way)
+    assert mine == theirs
+    assert len(said) == 1
+    if way == "one never":
+        assert said[0].startswith("planmoe's dispatch: not all forward passes had a backward one")
+        assert mine[-1] == "planmoe"
+    else:
+        assert said[0].startswith("the framework's own dispatch from now on")
 
 
 def test_nothing_changes_without_backward(ranks: RankPool) -> None:
