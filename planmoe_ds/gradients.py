@@ -52,9 +52,10 @@ class ExpertGraph:
         later = {place for linear in linears for place in linear.parameters}
         now = [place for place in range(len(parameters)) if place not in later]
         inputs = [*self.leaves, *(linear.output for linear in linears), *(parameters[place] for place in now)]
-        found_grads = torch.autograd.grad(
-            self.output, inputs, grad.to(self.output.dtype), allow_unused=True, retain_graph=keep or bool(later)
-        )
+        with _without_hooks(parameters):
+            found_grads = torch.autograd.grad(
+                self.output, inputs, grad.to(self.output.dtype), allow_unused=True, retain_graph=keep or bool(later)
+            )
         of_leaves, grads = found_grads[: len(self.leaves)], found_grads[len(self.leaves) :]
         self.waiting = [pair for pair in zip(linears, grads[: len(linears)], strict=True) if pair[1] is not None]
         for place, found in zip(now, grads[len(linears) :], strict=True):
@@ -70,10 +71,24 @@ class ExpertGraph:
         """Add what input_gradient() left for later."""
         for linear, grad in self.waiting:
             inputs = [parameters[place] for place in linear.parameters]
-            grads = torch.autograd.grad(linear.output, inputs, grad, allow_unused=True, retain_graph=keep)
+            with _without_hooks(inputs):
+                grads = torch.autograd.grad(linear.output, inputs, grad, allow_unused=True, retain_graph=keep)
             for place, found in zip(linear.parameters, grads, strict=True):
                 totals[place] = add_gradients(totals[place], found)
         self.waiting = []
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Parameters' own hooks are for their whole gradient, which the graph around this one brings."""
+    hooks = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    for parameter, _ in hooks:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, kept in hooks:
+            parameter._backward_hooks = kept
 
 
 def add_gradients(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:

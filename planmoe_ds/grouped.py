@@ -34,6 +34,10 @@ class GroupedExperts:
     gated: str | None  # what the activation's output is multiplied with
     activation: Callable[..., torch.Tensor]
 
+    def __post_init__(self) -> None:
+        """What is exchanged later is not what was found."""
+        assert self._found is not None
+
     @cached_property
     def names(self) -> list[str]:
         """The Linear modules, inputs first."""
@@ -72,6 +76,34 @@ class GroupedExperts:
             for name, linears in self._linears.items()
         }
 
+    @cached_property
+    def _found(self) -> list[tuple[dict[str, Any], str, nn.Module, dict[str, Any], Any, Any]]:
+        found = []
+        for name, linears in self._linears.items():
+            *path, key = name.split(".")
+            for module, linear in zip(self.modules, linears, strict=True):
+                siblings = module.get_submodule(".".join(path))._modules
+                found.append((siblings, key, linear, linear._parameters, linear.weight, linear.bias))
+        return found
+
+    @cached_property
+    def _hooks(self) -> tuple[dict[int, Any], ...]:
+        return tuple(
+            hooks
+            for module in self.modules
+            for part in module.modules()
+            for hooks in (
+                part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks,
+            )
+        )  # fmt: skip
+
+    def is_current(self) -> bool:
+        """Whether the Linear modules and their parameters are still those that were found; cheap."""
+        return all(
+            siblings.get(key) is linear and own.get("weight") is weight and own.get("bias") is bias
+            for siblings, key, linear, own, weight, bias in self._found
+        )
+
     def can_run(self, buffer: torch.Tensor) -> bool:
         """Whether this device has a grouped GEMM for these sizes and dtypes, and nobody watches the modules."""
         if not buffer.is_cuda or buffer.shape[0] == 0 or not hasattr(torch, "_grouped_mm"):
@@ -82,7 +114,7 @@ class GroupedExperts:
         return all(
             weight.dtype == buffer.dtype == torch.bfloat16 and not any(size % _ALIGNMENT for size in weight.shape)
             for weight in first
-        ) and not is_watched(self.modules[0])
+        ) and not any(self._hooks)
 
     def run(
         self, buffer: torch.Tensor, ends: torch.Tensor, route_weights: torch.Tensor | None = None, *, keep: bool

@@ -245,7 +245,7 @@ def _facts(layer: MOELayer) -> LayerFacts:
         group=layer.ep_group_name,
         ranks=_expert_ranks(layer),
         hidden_size=layer.gate.wg.weight.shape[1],
-        dtype=next(layer.experts.parameters()).dtype,
+        dtype=next((one.dtype for one in layer.experts.parameters()), torch.get_default_dtype()),
         top_k=layer.gate.k,
         num_experts=layer.ep_size * layer.num_local_experts,
     )

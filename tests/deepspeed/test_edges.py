@@ -124,6 +124,38 @@ def test_gradient_hooks_fire_once(ranks: RankPool) -> None:
         assert set(calls.values()) == {1}
 
 
+def scaled_gradients(section: Any) -> tuple[float, float]:
+    """The least and the largest ratio of experts' gradients with a hook that halves them to those without."""
+    norms = []
+    for factor in (1.0, 0.5):
+        engine = make_engine(Case("hooks", two_layers(ep_size=2)), section)
+        found = [one for name, one in engine.module.named_parameters() if "experts" in name]
+        for parameter in found:
+            parameter.register_hook(lambda grad, factor=factor: factor * grad)
+        engine.module(*batch(engine))[0].backward()
+        norms.append(torch.stack([one.grad.norm() for one in found]))
+    ratio = norms[1] / norms[0]
+    return float(ratio.min()), float(ratio.max())
+
+
+@pytest.mark.parametrize("section", [EXACT, {"chunks": 4}, {"chunks": 4, "scheduler": "optimal"}], ids=str)
+def test_a_parameters_own_hook_runs_once(ranks: RankPool, section: Any) -> None:
+    for ratios in ranks.run(2, scaled_gradients, section):
+        assert ratios == pytest.approx((0.5, 0.5))
+
+
+def train_without_parameters() -> float:
+    """Experts that have none."""
+    engine = make_engine(Case("identity", two_layers(ep_size=2), make_expert=nn.Identity), {"chunks": 2})
+    loss, _ = engine(*batch(engine))
+    engine.backward(loss)
+    return float(loss)
+
+
+def test_experts_without_parameters(ranks: RankPool) -> None:
+    assert all(loss > 0 for loss in ranks.run(2, train_without_parameters))
+
+
 class OverflowingExpert(nn.Module):
     """NaN for some rows: what an expert computes, not the router, decides."""
 

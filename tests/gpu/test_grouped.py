@@ -225,6 +225,21 @@ def test_weights_that_move_are_found_again() -> None:
     assert not torch.allclose(after, before)
 
 
+def test_what_was_exchanged_is_noticed() -> None:
+    modules = [SwiGlu() for _ in COUNTS]
+    grouped = recognise(modules)
+    assert grouped is not None
+    assert grouped.is_current()
+    modules[1].load_state_dict({name: one.clone() for name, one in modules[1].state_dict().items()})
+    assert grouped.is_current()
+    modules[1].load_state_dict({name: one.clone() for name, one in modules[1].state_dict().items()}, assign=True)
+    assert not grouped.is_current()
+    grouped = recognise(modules)
+    assert grouped is not None
+    modules[2].up = nn.Linear(64, 96, bias=False)
+    assert not grouped.is_current()
+
+
 def test_what_is_not_recognised() -> None:
     assert recognise([Scaled(), Scaled()]) is None
     assert recognise([gelu(True), gelu(False)]) is None
