@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -17,6 +18,7 @@ class Workspace {
  public:
   // uint8 [rows, width], contiguous, not initialised.
   at::Tensor take(int64_t rows, int64_t width, c10::Device device) {
+    const c10::InferenceMode off(false);  // what is made in it can never be written to outside it
     const auto options = at::TensorOptions().dtype(at::kByte).device(device);
     const int64_t bytes = rows * width;
     if (!device.is_cpu() || bytes == 0) return at::empty({rows, width}, options);

@@ -55,8 +55,11 @@ wide_t* scratch(int64_t hidden) {
 template <class scalar>
 class RowCoder {
  public:
+  // ValueError for a codec that cannot carry `scalar`.
   RowCoder(const AbstractCompressor& codec, int64_t hidden)
-      : identity_(codec.is_identity()), codec_(dynamic_cast<const RowCodec*>(&codec)), hidden_(hidden) {}
+      : identity_(codec.is_identity()), codec_(dynamic_cast<const RowCodec*>(&codec)), hidden_(hidden) {
+    codec.check_dtype(c10::CppTypeToScalarType<scalar>::value);
+  }
 
   void encode(const Wide<scalar>* values, uint8_t* wire) const {
     if (identity_) {

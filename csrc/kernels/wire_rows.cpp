@@ -57,11 +57,13 @@ void add_at(at::Tensor& sum, const at::Tensor& index, const at::Tensor& rows) {
 // Both ends of a wire as the tensor path needs them.
 at::Tensor decoded(const AbstractCompressor& codec, const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) {
   const auto bytes = codec.row_bytes(hidden, dtype);
+  codec.check_dtype(dtype);
   if (wire.size(0) == 0) return at::empty({0, hidden}, wire.options().dtype(wide(dtype)));
   return codec.decode_tensor(wire.narrow(1, 0, bytes).contiguous(), hidden, dtype);
 }
 
 void put_encoded(const AbstractCompressor& codec, const at::Tensor& rows, at::ScalarType dtype, at::Tensor& wire) {
+  codec.check_dtype(dtype);
   if (rows.size(0) == 0) return;
   codec.encode_tensor_into(rows.contiguous(), dtype, wire.narrow(1, 0, codec.row_bytes(rows.size(1), dtype)));
 }

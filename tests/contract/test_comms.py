@@ -109,6 +109,21 @@ def test_equals_all_to_all_single_over_nccl(
     gpu_ranks.run(len(nodes), compare_over_nccl, recorded, nodes, generated)
 
 
+def evaluate_then_train() -> None:
+    """Buffers that an evaluation under inference_mode leaves can be written to afterwards."""
+    comm = make_comm("direct", two_groups(), [0], rank_device())
+    with torch.inference_mode():
+        place = comm.take_buffer(8, 4096).data_ptr()
+    again = comm.take_buffer(8, 4096)
+    assert again.data_ptr() == place
+    again.copy_(torch.ones(8, 4096, dtype=torch.uint8))
+    comm.close()
+
+
+def test_buffers_outlive_inference_mode(ranks: RankPool) -> None:
+    ranks.run(1, evaluate_then_train)
+
+
 def refuse_bad_requests(package: str) -> None:
     good, rank = torch.zeros(4, 3), dist.get_rank()
     cases = [

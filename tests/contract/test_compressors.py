@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from planmoe_ds.backend import compressor_names, make_compressor
+from planmoe_ds.backend import (
+    RowRoutes,
+    compressor_names,
+    dot_rows,
+    find_experts,
+    fold_rows,
+    make_compressor,
+    spread_rows,
+    unpack_add,
+)
 from tests.contract.plugins import plugged_in
 
 ALL = (torch.float32, torch.float16, torch.bfloat16)
@@ -174,8 +183,25 @@ def test_bad_wire(name: str) -> None:
 def test_other_dtypes_are_refused(name: str, dtype: torch.dtype) -> None:
     if dtype in PROMISES[name].dtypes or PROMISES[name].bits is None:
         return
-    with pytest.raises(ValueError, match=r"takes .* rows, got "):
-        make_compressor(name).encode(torch.zeros(1, 4, dtype=dtype))
+    codec, rows, one = make_compressor(name), torch.ones(1, 4, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    wire = torch.zeros(1, codec.row_bytes(4, dtype), dtype=torch.uint8)
+    spread = find_experts(
+        rows=torch.zeros(1, 2, dtype=torch.uint8),
+        routes=RowRoutes(offset=0, top_k=1, id_bytes=2, experts_per_rank=1, last_expert=1),
+        first_id=0, num_entries=1, weight_offset=-1, weight_dtype=torch.float32, row_dtype=dtype,
+        base=[0], source_rows=[1],
+    )  # fmt: skip
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for use in (
+        lambda: codec.encode(rows),
+        lambda: codec.decode(wire, rows),
+        lambda: unpack_add(codec, wire, dtype, one, rows.to(wide)),
+        lambda: spread_rows(codec, wire, spread, False, rows),
+        lambda: fold_rows(codec, rows, spread, False, wire),
+        lambda: dot_rows(codec, wire, spread, rows, 1),
+    ):
+        with pytest.raises(ValueError, match=r"takes .* rows, got "):
+            use()
 
 
 @codecs
