@@ -35,7 +35,7 @@ from planmoe_ds.job_store import job_number, job_timeout
 from planmoe_ds.probe import run_probe
 from planmoe_ds.threads import batch_threads
 from planmoe_ds.topology import Topology, find_topology
-from planmoe_ds.watchdog import Watchdog
+from planmoe_ds.watchdog import NO_NUMBER, Watchdog
 
 _NCCL_MARGIN = timedelta(seconds=60)
 NUM_LINKS = 2  # process groups per set of ranks: one for the links inside nodes, one between them
@@ -114,6 +114,11 @@ class ExpertGroup:
         return nodes == nodes[self.rank]
 
     @cached_property
+    def _waits_to_start(self) -> bool:
+        """Whether the host waits for peers while it starts an exchange: for what passes through this rank."""
+        return self.choice.name == "hierarchical" and self.comm.device.type != "cpu"
+
+    @cached_property
     def _tables(self) -> dict[tuple[int, ...], torch.Tensor]:
         return {}
 
@@ -190,8 +195,8 @@ class ExpertGroup:
         if self.size == 1:
             return Arrival(send, None)
         recv = send.new_empty((sum(recv_rows), send.shape[1])) if into is None else into
-        self._record()
-        return Arrival(recv, self.comm.start(send, send_rows, recv, recv_rows))
+        with self._starting():
+            return Arrival(recv, self.comm.start(send, send_rows, recv, recv_rows))
 
     def buffer(self, num_rows: int, width: int) -> torch.Tensor:
         """uint8 [num_rows, width] to send or receive; it is used again once nobody holds it."""
@@ -206,16 +211,16 @@ class ExpertGroup:
             ExchangeSpec(send.far, send_rows.far, recv.far, recv_rows.far),
             ExchangeSpec(send.near, send_rows.near, recv.near, recv_rows.near),
         ]
-        self._record()
-        return SidedArrival(recv, self.comm.start_parts(parts))
+        with self._starting():
+            return SidedArrival(recv, self.comm.start_parts(parts))
 
     def dispatch(self, send: Sides, itinerary: Itinerary, routes: RowRoutes) -> SidedArrival:
         """Start a chunk's way out; returns rows as long as those of `send`."""
         if self.size == 1:
             return SidedArrival(send, None)
         recv = self._buffers(sum(itinerary.near_received), sum(itinerary.far_received), send)
-        self._record()
-        return SidedArrival(recv, self.comm.dispatch(_chunk_rows(send, recv), itinerary, routes))
+        with self._starting():
+            return SidedArrival(recv, self.comm.dispatch(_chunk_rows(send, recv), itinerary, routes))
 
     def combine(self, send: Sides, itinerary: Itinerary, sums: RowSums, far_width: int) -> SidedArrival:
         """Start a chunk's way back; far rows return `far_width` bytes wide."""
@@ -225,14 +230,18 @@ class ExpertGroup:
             self.buffer(sum(itinerary.near_sent), send.near.shape[1]),
             self.buffer(sum(itinerary.far_sent), far_width),
         )
-        self._record()
-        return SidedArrival(recv, self.comm.combine(_chunk_rows(send, recv), itinerary, sums))
+        with self._starting():
+            return SidedArrival(recv, self.comm.combine(_chunk_rows(send, recv), itinerary, sums))
 
     def _buffers(self, num_near: int, num_far: int, like: Sides) -> Sides:
         return Sides(self.buffer(num_near, like.near.shape[1]), self.buffer(num_far, like.far.shape[1]))
 
-    def _record(self) -> None:
+    def _starting(self) -> AbstractContextManager[None]:
+        """Start an exchange inside."""
         self.ledger.record(self.number, self.global_ranks)
+        if self.watchdog is None or not self._waits_to_start:
+            return nullcontext()
+        return self.watchdog.waiting(self.number, NO_NUMBER, "the start of an exchange")
 
 
 def _chunk_rows(send: Sides, recv: Sides) -> ChunkRows:

@@ -33,6 +33,7 @@ MAX_CALLS_PER_SECOND = 4000
 SILENCE_SECONDS = 20.0  # without a sign of life a rank that others wait for counts as gone
 ANSWER_SECONDS = 5.0  # that a training thread waits for the store
 KEPT_STEPS = 24
+NO_NUMBER = 1 << 62  # of an exchange that is being started
 _MOST_STORE_FAILURES = 3
 
 _FAILED = "failed"
@@ -80,7 +81,7 @@ class Watchdog:
         try:
             yield
             self.check()
-            if on_device is None:
+            if on_device is None and number != NO_NUMBER:
                 monitor.has_passed(group, number)
         except RuntimeError as error:
             raise monitor.explain(error, what).error() from error

@@ -23,7 +23,10 @@ class StreamTransfer final : public Transfer {
 
   // Tensors must outlive the side stream's use of them: the current stream is ordered after it first.
   ~StreamTransfer() override {
-    if (!waited_) order_current_stream();
+    try {
+      if (!waited_) order_current_stream();
+    } catch (const std::exception&) {  // the device has failed: nothing runs there any more
+    }
   }
 
   bool wait_for(int64_t /*milliseconds*/) override {
@@ -48,6 +51,13 @@ class StreamTransfer final : public Transfer {
     bytes_sent = leg_.bytes_sent();
     finished_ = clock.stamp();
     posted_ = true;
+  }
+  // What was started of it may still run; the current stream is ordered after that, too.
+  void mark_broken_off(const Clock& clock) noexcept {
+    try {
+      mark_finished(clock);
+    } catch (const std::exception&) {
+    }
   }
   void fail(const std::string& reason) { failure_ = reason; }
 
@@ -88,6 +98,7 @@ class StreamLink final : public Link {
       carry(transfer->leg());
       transfer->mark_finished(*clock_);
     } catch (const std::exception&) {
+      transfer->mark_broken_off(*clock_);
       const auto reason = abort_reason();
       if (reason.empty()) throw;
       transfer->fail(reason);
@@ -116,6 +127,8 @@ class StreamLink final : public Link {
   void carry(Leg& leg) {
     if (leg.after) leg.after->order_current_stream();
     if (leg.prepare) leg.prepare(leg);
+    // While the host waited in there, an abort may have freed the communicator.
+    TORCH_CHECK(abort_reason().empty(), "planmoe: the exchange was aborted while it was started");
     if (!leg.receives.empty() || !leg.sends.empty()) {
       messenger_->send_and_receive(leg);
       if (messenger_->copies_locally()) return;

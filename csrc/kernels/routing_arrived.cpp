@@ -100,13 +100,15 @@ Spread find_experts_device(const ArrivedRows& arrived) {
   const auto options = arrived.rows.options().dtype(at::kLong);
   auto local = ids_of(arrived.rows, arrived.routes) - arrived.first_id;
   auto here = (local >= 0).logical_and(local < experts_per_rank);
-  auto entry = at::nonzero_static(here.view({-1}), arrived.num_entries).view({-1});
+  // What peers sent may be less or more than they had announced, see num_places.
+  auto entry = at::nonzero_static(here.view({-1}), arrived.num_entries).view({-1}).clamp_min(0);
   auto source = entry.div(top_k, "floor");
   auto per_row = here.sum(1);
-  auto start = at::cat({at::zeros({1}, per_row.options()), per_row.cumsum(0)});
+  auto start = at::cat({at::zeros({1}, per_row.options()), per_row.cumsum(0)}).clamp_max(arrived.num_entries);
   auto rank_of_row = to_tensor(sources(arrived.source_rows)).to(arrived.rows.device(), /*non_blocking=*/true);
   auto base = to_tensor(arrived.base).to(arrived.rows.device(), /*non_blocking=*/true);
-  auto cell = rank_of_row.index_select(0, source) * experts_per_rank + local.view({-1}).index_select(0, entry);
+  auto expert = local.view({-1}).index_select(0, entry).clamp(0, experts_per_rank - 1);
+  auto cell = rank_of_row.index_select(0, source) * experts_per_rank + expert;
   at::Tensor after_base;
   if (arrived.place_offset >= 0) {
     auto places = numbers_of(arrived.rows, arrived.place_offset, top_k, at::kInt);
@@ -118,7 +120,9 @@ Spread find_experts_device(const ArrivedRows& arrived) {
     after_base = at::empty_like(order);
     after_base.index_copy_(0, order, at::arange(arrived.num_entries, options) - first);
   }
-  return {start, base.index_select(0, cell) + after_base, at::Tensor(), entry - source * top_k, source};
+  auto target = base.index_select(0, cell) + after_base;
+  if (arrived.num_places >= 0) target = target.clamp(0, std::max<int64_t>(0, arrived.num_places - 1));
+  return {start, target, at::Tensor(), entry - source * top_k, source};
 }
 
 }  // namespace

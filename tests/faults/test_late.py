@@ -21,7 +21,7 @@ from planmoe_ds.rows import order_rows
 from planmoe_ds.stopping import Reason
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows
 from tests.engine.support import rank_device
-from tests.faults.layers import HIDDEN, Model, batch, seconds_until_error
+from tests.faults.layers import HIDDEN, Model, batch, die, seconds_until_error
 from tests.faults.test_death import ODD, hang, run_out_of_memory
 from tests.harness.ranks import RankPool
 
@@ -64,6 +64,36 @@ def test_a_rank_that_is_gone_while_it_waits_like_the_others(ranks: RankPool) -> 
         # Once it goes on, the odd one finds that the store has not answered it for long.
         assert rank == ODD or f"rank {ODD} has not been heard of" in message, message
         assert seconds < (12 if rank < ODD else 25)
+
+
+def start_slowly() -> tuple[float, str, str]:
+    """All that survive are in the start of an exchange, as over NCCL where one counts there what passes through it."""
+    with patch.object(watchdog_module, "SILENCE_SECONDS", 3.0):
+        model = Model()
+        group = model.layers[0].group
+        monitor = group.watchdog._monitor  # type: ignore[union-attr]
+        vars(group)["_waits_to_start"] = True
+
+        def wait_for_the_dead(*_: Any) -> Any:
+            if dist.get_rank() == ODD:
+                die()
+            while monitor.reason is None:  # an abort ends it
+                time.sleep(0.1)
+            raise RuntimeError("aborted")
+
+        hidden = model.layer(0, *batch())
+        with patch.object(type(group.comm), "dispatch", wait_for_the_dead):
+            return seconds_until_error(lambda: model.layer(1, hidden, batch()[1]))
+
+
+def test_a_host_that_waits_to_start_an_exchange_is_watched(ranks: RankPool) -> None:
+    for outcome in ranks.run(4, start_slowly, expect_failure=True, fresh=True, timeout=60):
+        if outcome.rank != ODD:
+            seconds, kind, message = outcome.result
+            assert kind == "PlanMoEError", message
+            assert f"rank {ODD} has not been heard of" in message, message
+            assert "waits in the start of an exchange" in message, message
+            assert seconds < 12
 
 
 def agree(action: Any) -> tuple[float, str, str]:
