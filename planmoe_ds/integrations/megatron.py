@@ -265,8 +265,7 @@ def _activate_layers(layers: list[MoELayer], config: PlanMoEConfig) -> Session:
 def _facts(layer: MoELayer) -> LayerFacts:
     config, dispatcher, ranks = layer.config, layer.token_dispatcher, _expert_ranks(layer)
     return LayerFacts(
-        group=str(ranks), ranks=ranks, hidden_size=config.hidden_size,
-        dtype=next((one.dtype for one in layer.experts.parameters()), torch.get_default_dtype()),
+        group=str(ranks), ranks=ranks, hidden_size=config.hidden_size, dtype=next(layer.experts.parameters()).dtype,
         top_k=config.moe_router_topk * dispatcher.tp_size, num_experts=config.num_moe_experts * dispatcher.tp_size,
         place_of_source=place_of_source(dispatcher.ep_size, dispatcher.tp_size),
     )  # fmt: skip
