@@ -7,7 +7,7 @@ Shape legend: L experts of this rank, R rows of the experts' buffer, H hidden si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -88,14 +88,7 @@ class GroupedExperts:
 
     @cached_property
     def _hooks(self) -> tuple[dict[int, Any], ...]:
-        return tuple(
-            hooks
-            for module in self.modules
-            for part in module.modules()
-            for hooks in (
-                part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks,
-            )
-        )  # fmt: skip
+        return tuple(hooks for module in self.modules for hooks in hooks_of(module))
 
     def is_current(self) -> bool:
         """Whether the Linear modules and their parameters are still those that were found; cheap."""
@@ -217,12 +210,15 @@ def _is_recent(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
+    """Where those of the module and its parts are kept, now and later."""
+    for part in module.modules():
+        yield from (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody's hooks wait for calls of the module or its parts."""
-    return any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        for part in module.modules()
-    )
+    return any(hooks_of(module))
 
 
 def in_place(parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from planmoe_ds.group import ExpertGroup
 
 MAX_PENDING = 1 << 14  # events kept unread: then the older half is added up
-
-
 _Event = TypeVar("_Event")
 
 

@@ -238,6 +238,9 @@ def test_what_was_exchanged_is_noticed() -> None:
     assert grouped is not None
     modules[2].up = nn.Linear(64, 96, bias=False)
     assert not grouped.is_current()
+    assert not any(grouped._hooks)
+    modules[1].down.register_forward_hook(lambda *_: None)
+    assert any(grouped._hooks)
 
 
 def test_what_is_not_recognised() -> None:
