@@ -14,6 +14,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,9 @@ def launch(num_ranks: int, *arguments: str) -> int:
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     ranks = f"--nproc_per_node={num_ranks}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *sys.argv, *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode
+    with tempfile.TemporaryDirectory() as folder:  # what links cost elsewhere is nothing to emulated hosts
+        environment["XDG_CACHE_HOME"] = folder
+        return subprocess.run(command, env=environment, check=False).returncode
 
 
 @contextmanager

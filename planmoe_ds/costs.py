@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from planmoe_ds.topology import LinkClass, Topology
 
 _Finite = Field(allow_inf_nan=False)
+_SETTINGS = ("NCCL_", "GLOO_", "CUDA_DEVICE_MAX_CONNECTIONS")  # beginnings of variables that links' costs depend on
+_NO_SETTINGS = ("NCCL_DEBUG", "NCCL_COMM_ID", "NCCL_TOPO_DUMP", "NCCL_GRAPH_DUMP")  # but not on these
 
 
 class StaleCacheError(ValueError):
@@ -94,9 +96,24 @@ def fit_link_cost(num_bytes: Sequence[float], seconds: Sequence[float]) -> LinkC
     return LinkCost(alpha_seconds=alpha, beta_seconds_per_byte=beta, worst_error=worst)
 
 
-def fingerprint(hostnames: Sequence[str], topology: Topology, backend: str, device: str) -> str:
-    """Sixteen hexadecimal digits that change with the hosts, the ranks' places on them, the backend or the device."""
-    facts = [list(hostnames), list(topology.node_of_rank), backend, device]
+def network_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that decide which links, and how much of them, NCCL and gloo use."""
+    chosen = sorted(name for name in environment if name.startswith(_SETTINGS) and not name.startswith(_NO_SETTINGS))
+    return {name: environment[name] for name in chosen}
+
+
+def fingerprint(
+    hostnames: Sequence[str],
+    topology: Topology,
+    backend: str,
+    device: str,
+    settings: Sequence[Mapping[str, str]] = (),
+) -> str:
+    """Sixteen hexadecimal digits that change with what costs depend on.
+
+    The hosts, the ranks' places on them, the backend, the device, and every rank's network_settings.
+    """
+    facts = [list(hostnames), list(topology.node_of_rank), backend, device, [dict(each) for each in settings]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

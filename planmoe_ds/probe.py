@@ -29,6 +29,7 @@ from planmoe_ds.costs import (
     fingerprint,
     fit_link_cost,
     load_costs,
+    network_settings,
     save_costs,
 )
 from planmoe_ds.threads import batch_threads
@@ -63,9 +64,10 @@ def run_probe(
     the links are measured again and a warning says why.
     """
     topology = find_topology() if topology is None else topology
-    hostnames = [""] * dist.get_world_size()
-    dist.all_gather_object(hostnames, socket.gethostname())
-    mark = fingerprint(hostnames, topology, dist.get_backend(), _device_name(device))
+    facts: list[tuple[str, dict[str, str]]] = [("", {})] * dist.get_world_size()
+    dist.all_gather_object(facts, (socket.gethostname(), network_settings(os.environ)))
+    hostnames, settings = zip(*facts, strict=True)
+    mark = fingerprint(hostnames, topology, dist.get_backend(), _device_name(device), settings)
     path = cache_path(mark, os.environ) if folder is None else folder / cache_path(mark, {}).name
     shared: list[object] = [_look_up(path, mark) if dist.get_rank() == 0 and not refresh else None]
     dist.broadcast_object_list(shared, device=device if dist.get_backend() == "nccl" else None)

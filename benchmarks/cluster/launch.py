@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def run_on_cluster(
 ) -> ClusterRun:
     """Run `argv` once per rank for at most `timeout` seconds; every process and namespace is gone on return.
 
-    `environment` is added to every rank's. Ranks find torchrun's variables and GLOO_SOCKET_IFNAME.
+    `environment` is added to every rank's. Ranks find torchrun's variables, GLOO_SOCKET_IFNAME, an empty cache folder.
     """
     prefix, reason = _find_prefix()
     if reason is not None:
@@ -58,10 +59,12 @@ def run_on_cluster(
             sys.stderr.write(text)
         return ClusterRun(SKIP, stderr=text)
     line = [*prefix, sys.executable, "-m", "benchmarks.cluster.supervisor", spec.to_json(), *argv]
-    variables = {**os.environ, **(environment or {})}
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), variables.get("PYTHONPATH")]))
     try:
-        done = subprocess.run(line, env=variables, timeout=timeout, check=False, text=True, capture_output=capture)
+        # What planmoe's probe keeps of links is true of these links alone.
+        with tempfile.TemporaryDirectory() as folder:
+            variables = {**os.environ, "XDG_CACHE_HOME": folder, **(environment or {})}
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), variables.get("PYTHONPATH")]))
+            done = subprocess.run(line, env=variables, timeout=timeout, check=False, text=True, capture_output=capture)
     except subprocess.TimeoutExpired as error:
         note = f"cluster: {' '.join(argv)} took longer than {timeout:g} s and was ended\n"
         if not capture:

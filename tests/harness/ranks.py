@@ -100,11 +100,12 @@ class RankPool:
         return [self._processes[rank] for rank in range(world_size)]
 
     def _place(self, rank: int) -> dict[str, str]:
-        """Which GPU and which host are the rank's."""
+        """Which GPU and which host are the rank's, and where it finds the links' costs: nobody else's."""
+        caches = {"XDG_CACHE_HOME": str(Path(self._folder.name) / "cache")}
         if self._backend != "nccl":
-            return {}
+            return caches
         host = {"NCCL_HOSTID": f"host{rank // self._ranks_per_host}"} if self._ranks_per_host else {}
-        return {"LOCAL_RANK": str(rank % torch.cuda.device_count()), **host}
+        return {"LOCAL_RANK": str(rank % torch.cuda.device_count()), **host, **caches}
 
     def _start(self, environments: Sequence[Mapping[str, str]], preload: bool) -> list[RankProcess]:
         return [RankProcess(self._new_path("rank"), self._backend, env, preload) for env in environments]

@@ -23,6 +23,7 @@ from planmoe_ds.costs import (
     fingerprint,
     fit_link_cost,
     load_costs,
+    network_settings,
     save_costs,
 )
 from planmoe_ds.probe import ProbeReport, run_probe
@@ -82,8 +83,16 @@ def test_the_fingerprint_tells_clusters_apart() -> None:
         fingerprint(["a", "b"], Topology((0, 1)), "nccl", "cpu"),
         fingerprint(["a", "b"], Topology((0, 1)), "gloo", "H200"),
         fingerprint(["a", "b", "b"], Topology((0, 1, 1)), "gloo", "cpu"),
+        fingerprint(["a", "b"], Topology((0, 1)), "nccl", "cpu", [{}, {"NCCL_IB_DISABLE": "1"}]),
+        fingerprint(["a", "b"], Topology((0, 1)), "nccl", "cpu", [{}, {"NCCL_IB_DISABLE": "0"}]),
     }
-    assert len(marks) == 6
+    assert len(marks) == 8
+
+
+def test_settings_that_links_depend_on() -> None:
+    settings = {"NCCL_SOCKET_IFNAME": "eth1", "GLOO_SOCKET_IFNAME": "eth0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    others = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": "log", "NCCL_COMM_ID": "10.0.0.1:4711", "HOME": "/root"}
+    assert network_settings({**others, **settings}) == settings
 
 
 def test_where_the_cache_is(tmp_path: Path) -> None:
