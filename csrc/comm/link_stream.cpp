@@ -60,6 +60,7 @@ class StreamTransfer final : public Transfer {
     }
   }
   void fail(const std::string& reason) { failure_ = reason; }
+  const std::string& failure() const { return failure_; }
 
  private:
   Leg leg_;
@@ -85,7 +86,7 @@ class StreamLink final : public Link {
     auto transfer = std::make_shared<StreamTransfer>(std::move(leg), device_);
     transfer->lane = lane_;
     std::lock_guard<std::timed_mutex> starting(starting_);
-    if (const auto reason = abort_reason(); !reason.empty()) {
+    if (const auto reason = why_not(transfer->leg()); !reason.empty()) {
       transfer->fail(reason);
       return transfer;
     }
@@ -122,6 +123,13 @@ class StreamLink final : public Link {
   std::string abort_reason() {
     std::lock_guard<std::mutex> lock(mutex_);
     return abort_reason_;
+  }
+
+  // Empty if the leg may start. What another link failed to bring cannot be passed on; a group's links are of one kind.
+  std::string why_not(const Leg& leg) {
+    auto reason = abort_reason();
+    if (reason.empty() && leg.after) reason = static_cast<const StreamTransfer&>(*leg.after).failure();
+    return reason;
   }
 
   void carry(Leg& leg) {

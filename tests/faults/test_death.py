@@ -106,6 +106,36 @@ def test_a_killed_rank(ranks: RankPool, place: Any, comm: str) -> None:
         assert "where the ranks are:" in message
 
 
+ONE_OF_EVERY_NODE = (1, ODD)
+
+
+def lose_a_rank_of_every_node(comm: str) -> tuple[float, str, str]:
+    """They die once all counts are known, before they send a row."""
+    with patch.object(watchdog_module, "SILENCE_SECONDS", 5.0):
+        model = Model({"comm": comm, "ranks_per_node": 2})
+        exchanges = model.layers[1].group.comm
+        dispatch = exchanges.dispatch
+
+        def die_or_start(_: Any, *arguments: Any) -> Any:
+            if dist.get_rank() in ONE_OF_EVERY_NODE:
+                die()
+            return dispatch(*arguments)
+
+        hidden = model.layer(0, *batch())
+        with patch.object(type(exchanges), "dispatch", die_or_start):
+            return seconds_until_error(lambda: (model.layer(1, hidden, batch()[1]), notice(model)))
+
+
+@pytest.mark.parametrize("comm", ["hierarchical", "dedup"])
+def test_a_killed_rank_of_every_node(ranks: RankPool, comm: str) -> None:
+    for outcome in ranks.run(4, lose_a_rank_of_every_node, comm, expect_failure=True, fresh=True, timeout=60):
+        if outcome.rank not in ONE_OF_EVERY_NODE:
+            seconds, kind, message = outcome.result
+            assert kind == "PlanMoEError", message
+            assert any(f"rank {rank} " in message.splitlines()[0] for rank in ONE_OF_EVERY_NODE), message
+            assert seconds < 12, (seconds, message)
+
+
 class Stuck:
     """An exchange that an accelerator never gets past."""
 
@@ -202,7 +232,7 @@ def train(slow: bool) -> tuple[list[float], float]:
         tokens, experts = batch()
         model.forward(tokens, experts).sum().backward()
         if slow and dist.get_rank() == ODD:
-            time.sleep(max(1.0, 9 * (time.monotonic() - start)))
+            time.sleep(min(max(1.0, 9 * (time.monotonic() - start)), 5.0))  # a first step can be slow itself
         assert tokens.grad is not None
         found.append(float(tokens.grad.sum()))
         seconds.append(time.monotonic() - start)

@@ -19,14 +19,28 @@ TWO_NODES = {"ranks_per_node": 2}
 
 
 @pytest.mark.parametrize("place", test_death.PLACES, ids=lambda place: place.__name__)
-def test_a_killed_rank(gpu_ranks: RankPool, place: Any) -> None:
-    arguments = place, test_death.die, TWO_NODES, 5.0
+@pytest.mark.parametrize("comm", ["direct", "hierarchical", "dedup"])
+def test_a_killed_rank(gpu_ranks: RankPool, comm: str, place: Any) -> None:
+    arguments = place, test_death.die, {"comm": comm, **TWO_NODES}, 5.0
     outcomes = gpu_ranks.run(4, test_death.run_case, *arguments, expect_failure=True, fresh=True, timeout=120)
     for outcome in outcomes:
         if outcome.rank != test_death.ODD:
             seconds, kind, message = outcome.result
             assert kind == "PlanMoEError", message
             assert f"rank {test_death.ODD}" in message
+            assert seconds < SECONDS, message
+
+
+@pytest.mark.parametrize("comm", ["hierarchical", "dedup"])
+def test_a_killed_rank_of_every_node(gpu_ranks: RankPool, comm: str) -> None:
+    function = test_death.lose_a_rank_of_every_node
+    for outcome in gpu_ranks.run(4, function, comm, expect_failure=True, fresh=True, timeout=120):
+        if outcome.rank not in test_death.ONE_OF_EVERY_NODE:
+            seconds, kind, message = outcome.result
+            assert kind == "PlanMoEError", message
+            assert any(f"rank {rank} " in message.splitlines()[0] for rank in test_death.ONE_OF_EVERY_NODE), message
+            # hierarchical's host waits there for what passes through its rank
+            assert ("waits in the start of an exchange" in message) is (comm == "hierarchical"), message
             assert seconds < SECONDS, message
 
 

@@ -115,7 +115,8 @@ def test_experts_chosen_twice_get_two_rows() -> None:
 
 @pytest.mark.parametrize("with_places", [False, True])
 @pytest.mark.parametrize("announced", [0, 10, 4000])
-def test_no_entry_leads_out_of_the_buffer(announced: int, with_places: bool) -> None:
+@pytest.mark.parametrize("row_dtype", [torch.bfloat16, torch.float64])  # with kernels, and with torch's operations
+def test_no_entry_leads_out_of_the_buffer(row_dtype: torch.dtype, announced: int, with_places: bool) -> None:
     rows, top_k, per_rank = 500, 4, 3
     anything = torch.randint(0, 256, (rows, 12 * top_k), generator=torch.Generator().manual_seed(3)).byte().cuda()
     anything[::2, -2 * top_k :] = 0  # half of the rows are for an expert that is here
@@ -124,8 +125,8 @@ def test_no_entry_leads_out_of_the_buffer(announced: int, with_places: bool) -> 
         routes=RowRoutes(
             offset=10 * top_k, top_k=top_k, id_bytes=2, experts_per_rank=per_rank, last_expert=per_rank
         ),
-        first_id=0, num_entries=announced, weight_offset=0, weight_dtype=torch.float32, row_dtype=torch.bfloat16,
-        base=[], source_rows=[200, 300], place_offset=4 * top_k if with_places else -1,
+        first_id=0, num_entries=announced, weight_offset=0, weight_dtype=torch.float32, row_dtype=row_dtype,
+        base=[0, 2, 4, 1, 3, 5], source_rows=[200, 300], place_offset=4 * top_k if with_places else -1,
         table=torch.tensor([0, 2, 4, 1, 3, 5, 0, 200], device="cuda"), num_places=7,
     )  # fmt: skip
     assert spread.target.shape == (announced,)
