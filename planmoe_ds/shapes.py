@@ -59,14 +59,14 @@ class ModelShape(_Section):
 class ClusterShape(_Section):
     """A cluster that need not exist: rates per GPU inside a node and per node between nodes, each way.
 
-    The links inside a node are NVLink between H100s, the codecs an H200's, as measured (docs/benchmarks.md).
+    The links inside a node are NVLink between H200s, the codecs an H200's, as measured (docs/benchmarks.md).
     """
 
     num_nodes: _Count = 2
     gpus_per_node: _Count = 8
-    intra_gigabytes_per_second: _Positive = 250.0
+    intra_gigabytes_per_second: _Positive = 300.0
     inter_gigabits_per_second: _Positive = 100.0
-    intra_microseconds: _Positive = 180.0
+    intra_microseconds: _Positive = 100.0
     inter_microseconds: _Positive = 30.0
     teraflops: _Positive = 150.0  # of an expert's GEMMs, per GPU
     codec_gigabytes_per_second: _Positive = 2500.0  # of values read or written
