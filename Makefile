@@ -7,7 +7,7 @@ OUTPUT ?= output/gpt_moe
 ARGS ?=
 
 # One rank per GPU where there are several; else four ranks share the CPU, so that there is something to exchange.
-NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+NUM_GPUS := $(shell scripts/num_gpus.sh)
 RANKS ?= $(if $(filter-out 0 1,$(NUM_GPUS)),$(NUM_GPUS),4)
 ACCELERATOR ?= $(if $(filter-out 0 1,$(NUM_GPUS)),cuda,cpu)
 

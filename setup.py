@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,8 +41,17 @@ def why_no_cuda() -> str:
     """What keeps the CUDA kernels from being built here; empty: nothing does."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").is_file():
-        return "nvcc was not found; install the CUDA toolkit and set CUDA_HOME to it"
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME is None or not nvcc.is_file():
+        return f"nvcc was not found; install the CUDA {torch.version.cuda} toolkit and set CUDA_HOME to it"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.\d+", said)
+    if release is None or release.group(1) != torch.version.cuda.split(".")[0]:
+        found = "not known" if release is None else release.group().removeprefix("release ")
+        return (
+            f"torch {torch.__version__} is of CUDA {torch.version.cuda}, the CUDA of {nvcc} is {found}; set CUDA_HOME "
+            "to a toolkit of torch's, or install a torch of the toolkit's CUDA"
+        )
     return ""
 
 
@@ -82,5 +93,4 @@ def extension() -> CppExtension:
     )
 
 
-os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

@@ -32,14 +32,15 @@ def agreed(initialize_model_parallel: Callable[..., Any]) -> Callable[..., Any]:
 
 def activated(build_models: Callable[..., Any]) -> Callable[..., Any]:
     """Switch the chunks of this stage over once they are built, before the optimizer and any checkpoint."""
+    active: list[bool] = []  # then a dense model beside, as for upcycling, is left alone
 
     def build(*args: Any, **kwargs: Any) -> Any:
         models = build_models(*args, **kwargs)
         section = getattr(_arguments(), "planmoe", None)
-        if section is not None:
+        if section is not None and (_arguments().num_experts is not None or not active):
             from planmoe_ds.integrations.megatron import activate
 
-            activate(models, section)
+            active.append(activate(models, section) is not None)
         return models
 
     return build

@@ -62,7 +62,7 @@ def measure_codec(name: str, hidden: int, dtype: torch.dtype, device: torch.devi
 
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        torch.get_device_module(device).synchronize(device)
 
 
 def choose_codecs(

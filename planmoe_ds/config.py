@@ -248,6 +248,8 @@ def _describe(where: str, problem: Mapping[str, Any]) -> str:
         hint = f"did you mean '{nearest[0]}'? " if nearest else ""
         return f"{path}: unknown key; {hint}known keys: {', '.join(names)}"
     message = problem["msg"].removeprefix("Value error, ")
+    if location == ["chunks"] and isinstance(problem["input"], str):
+        message = f"expected a number or '{AUTO}'"
     if location:
         return f"{path} = {problem['input']!r}: {message}"
     return f"{where}: {message}"

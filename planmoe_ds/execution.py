@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from planmoe_ds.scheduling import Resource, Schedule
-from planmoe_ds.trace import LANES, Lane, Phase, Span, chrome_events, draw_timeline
+from planmoe_ds.trace import Lane, Phase, Span, chrome_events, draw_timeline
 
 _LANE: dict[Resource, Lane] = {Resource.COMPUTE: "compute", Resource.INTRA: "intra", Resource.INTER: "inter"}
 _VERSION = 1
@@ -73,27 +75,40 @@ def save_execution(
     Path(path).write_text(json.dumps(content))
 
 
+@dataclass(frozen=True)
+class _Prediction:
+    layer: int
+    phase: Phase
+    makespan: float
+    lower_bound: float
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class _File:
+    version: int
+    spans: list[Span]
+    predictions: list[_Prediction]
+
+
 def load_execution(path: Path) -> tuple[list[Span], list[dict[str, Any]]]:
     """Spans and predictions; ValueError says what is wrong with the file."""
     try:
-        content = json.loads(path.read_text())
-        version = content["version"]
-        spans = [Span(**span) for span in content["spans"]]
-        predictions = [
-            {**entry, "spans": [Span(**span) for span in entry["spans"]]} for entry in content["predictions"]
-        ]
+        content = TypeAdapter(_File).validate_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} was not written by engine.planmoe.save_trace: {error!r}") from error
-    if version != _VERSION:
-        raise ValueError(f"{path} has version {version}, this planmoe reads {_VERSION}: trace again")
-    unknown = {span.lane for span in spans} - set(LANES)
-    if unknown:
-        raise ValueError(f"{path} has spans on unknown lanes: {', '.join(map(str, unknown))}")
-    if not spans:
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"]) or "file"
+        raise ValueError(f"{path} was not written by engine.planmoe.save_trace: {place}: {problem['msg']}") from error
+    if content.version != _VERSION:
+        raise ValueError(f"{path} has version {content.version}, this planmoe reads {_VERSION}: trace again")
+    if not content.spans:
         raise ValueError(f"{path} has no spans: call engine.planmoe.recorder.start_trace() a step before save_trace")
-    return spans, predictions
+    for span in [*content.spans, *(span for entry in content.predictions for span in entry.spans)]:
+        if span.end_ns < span.start_ns:
+            raise ValueError(f"{path} has a span '{span.name}' that ends before it starts: trace again")
+    return content.spans, [vars(entry) for entry in content.predictions]
 
 
 def load_routing(path: Path) -> tuple[float, ...]:
@@ -185,6 +200,10 @@ def run_command(path: Path, folder: Path) -> int:
         print(f"efficiency (lower bound / measured): {total:.1%}")
     else:
         print("nothing was predicted: only the schedulers optimal and auto learn what tasks cost")
-    for file in write_pictures(spans, predictions, folder):
-        print(file)
+    try:
+        for file in write_pictures(spans, predictions, folder):
+            print(file)
+    except OSError as error:
+        print(f"planmoe trace: pictures cannot be written to {folder}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0

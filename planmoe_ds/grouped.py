@@ -37,6 +37,7 @@ class GroupedExperts:
     def __post_init__(self) -> None:
         """What is exchanged later is not what was found."""
         assert self._found is not None
+        assert self._training is not None
 
     @cached_property
     def names(self) -> list[str]:
@@ -77,13 +78,20 @@ class GroupedExperts:
         }
 
     @cached_property
-    def _found(self) -> list[tuple[dict[str, Any], str, nn.Module, dict[str, Any], Any, Any]]:
+    def _training(self) -> list[bool]:
+        """An expert that computes otherwise in training was looked at in this mode."""
+        return [module.training for module in self.modules]
+
+    @cached_property
+    def _found(self) -> list[tuple[dict[str, Any], str, nn.Module, dict[str, Any], Any, Any, tuple[bool, bool]]]:
         found = []
         for name, linears in self._linears.items():
             *path, key = name.split(".")
             for module, linear in zip(self.modules, linears, strict=True):
                 siblings = module.get_submodule(".".join(path))._modules
-                found.append((siblings, key, linear, linear._parameters, linear.weight, linear.bias))
+                weight, bias = linear.weight, linear.bias
+                trains = weight.requires_grad, bias is not None and bias.requires_grad
+                found.append((siblings, key, linear, linear._parameters, weight, bias, trains))
         return found
 
     @cached_property
@@ -91,10 +99,13 @@ class GroupedExperts:
         return tuple(hooks for module in self.modules for hooks in hooks_of(module))
 
     def is_current(self) -> bool:
-        """Whether the Linear modules and their parameters are still those that were found; cheap."""
-        return all(
-            siblings.get(key) is linear and own.get("weight") is weight and own.get("bias") is bias
-            for siblings, key, linear, own, weight, bias in self._found
+        """Whether the Linear modules and their parameters are still those that were found, and train as then; cheap."""
+        return self._training == [module.training for module in self.modules] and all(
+            siblings.get(key) is linear
+            and own.get("weight") is weight
+            and own.get("bias") is bias
+            and trains == (weight.requires_grad, bias is not None and bias.requires_grad)
+            for siblings, key, linear, own, weight, bias, trains in self._found
         )
 
     def can_run(self, buffer: torch.Tensor) -> bool:

@@ -49,6 +49,7 @@ class ExpertParallelLayer:
     place_of_source: tuple[int, ...] | None = None
     guard: QualityGuard | None = None  # its codecs are in force, where there is one
     log: ChoiceLog = field(default_factory=partial(ChoiceLog, speaks=False))
+    has_been_uneven: bool = field(default=False, init=False)  # ranks with different numbers of tokens, in any call
     _leaves_checked: bool = field(default=False, init=False)
     _grouped: GroupedExperts | None = field(default=None, init=False)  # of the last experts
     _modules: tuple[nn.Module, ...] = field(default=(), init=False)
@@ -172,14 +173,15 @@ class ExpertParallelLayer:
         }
 
     def _notes(self, tokens_TH: torch.Tensor) -> tuple[int, ...]:
-        """For the other ranks: whether tokens must travel raw, for want of a codec that fits, and codecs' errors."""
+        """For the other ranks: whether tokens must travel raw as no codec fits, how many they are, codecs' errors."""
         codecs = self.codecs if self.guard is None else self.guard.codecs
-        raw = 0 if codecs.dispatch.fit(tokens_TH) else 1
-        return (raw,) if self.guard is None else (raw, *self.guard.notes())
+        raw, num_tokens = 0 if codecs.dispatch.fit(tokens_TH) else 1, tokens_TH.shape[0]
+        return raw, num_tokens, -num_tokens, *([] if self.guard is None else self.guard.notes())
 
     def _agreed_codecs(self, plan: RoutingPlan, dtype: torch.dtype, trains: bool) -> tuple[Codecs, Meter | None]:
         """The codecs of a call, the same on all ranks of the group; with a meter if they are to be measured."""
-        raw, *errors = plan.notes
+        raw, most, least, *errors = plan.notes
+        self.has_been_uneven |= most != -least
         codecs, meter = self.codecs, None
         if self.guard is not None:
             codecs = self.guard.follow(errors, dtype, speaks=self.group.rank == 0)

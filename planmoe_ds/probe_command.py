@@ -16,12 +16,15 @@ from planmoe_ds.errors import PlanMoEConfigError, PlanMoEMismatchError
 from planmoe_ds.probe import ProbeReport, run_probe
 from planmoe_ds.topology import Topology, find_topology
 
-# What marks a launcher, and what it calls RANK, WORLD_SIZE and LOCAL_RANK: Open MPI, MPICH and Intel MPI, srun. A batch
-# script has Slurm's variables too, but only a task of srun has a step.
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+# What marks a launcher, and what it calls _NAMES: Open MPI, MPICH and Intel MPI, srun. A batch script has Slurm's
+# variables too, but only a task of srun has a step; Slurm's own PMI tells no local rank.
 _LAUNCHERS = {
-    "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "PMI_RANK": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    "SLURM_STEP_ID": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    "OMPI_COMM_WORLD_RANK": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "MPI_LOCALRANKID": _MPICH,
+    "SLURM_STEP_ID": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    "PMI_RANK": _MPICH,
 }
 _HOW = (
     "planmoe probe measures between ranks, so every rank must run it: start it with your launcher, such as\n"
@@ -37,11 +40,12 @@ def run(ranks_per_node: int | list[int] | None = None, *, refresh: bool = False,
     if missing:
         print(f"{', '.join(missing)}: not set. {_HOW}", file=sys.stderr)
         return 2
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        device = _device(os.environ)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:  # a variable that is no number, a port in use, ranks that do not come
+        print(f"planmoe probe: the ranks did not meet: {error}", file=sys.stderr)
+        return 2
     try:
         topology = find_topology(ranks_per_node)
         report = run_probe(device, topology, refresh=refresh)
@@ -59,12 +63,27 @@ def run(ranks_per_node: int | list[int] | None = None, *, refresh: bool = False,
     return 0
 
 
+def _device(environment: Mapping[str, str]) -> torch.device:
+    """This rank's GPU; the CPU where the machine's ranks have not one each, which NCCL wants."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if cards == 0 or environment.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    if ranks > cards and not environment.get("NCCL_MULTI_RANK_GPU_ENABLE"):
+        if environment.get("LOCAL_RANK", "0") == "0":
+            print(f"planmoe probe: {ranks} ranks, {cards} GPUs here: measured over gloo, not NCCL", file=sys.stderr)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(environment.get("LOCAL_RANK", "0")) % cards)
+    torch.cuda.set_device(device)
+    return device
+
+
 def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE and LOCAL_RANK under the names torch knows, where only MPI's or Slurm's are set."""
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as torch calls them, where only MPI's or Slurm's are set."""
     marker = next((marker for marker in ("RANK", *_LAUNCHERS) if marker in environment), "RANK")
     if marker == "RANK":
         return {}
-    names = zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), _LAUNCHERS[marker], strict=True)
+    names = zip(_NAMES, _LAUNCHERS[marker], strict=True)
     return {name: environment[theirs] for name, theirs in names if theirs in environment}
 
 

@@ -42,10 +42,18 @@ class StockTrial:
 
     Once the planner has settled, some calls with planmoe and some with the framework's dispatch are timed, forward and
     backward. The dispatch only changes while no call waits for its backward: what is recomputed there must be what ran.
+    is_uneven: whether ranks have had different numbers of tokens, the same on all ranks after a call of planmoe's; the
+    framework's dispatch cannot do that.
     """
 
-    def __init__(self, group: ExpertGroup, planner: Planner, report: Callable[[str, str], None]) -> None:
-        self._group, self._planner, self._report = group, planner, report
+    def __init__(
+        self,
+        group: ExpertGroup,
+        planner: Planner,
+        report: Callable[[str, str], None],
+        is_uneven: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._group, self._planner, self._report, self._is_uneven = group, planner, report, is_uneven
         self._clock = Clock(group.comm.device)
         self._times: dict[bool, list[_Times]] = {False: [], True: []}  # by uses_stock
         self._num_open = 0
@@ -64,8 +72,7 @@ class StockTrial:
             self._since_change = 0
             self._change()
         elif self._since_change > PATIENCE:
-            self._is_over, self.uses_stock = True, False
-            self._report("planmoe's dispatch", "not all forward passes had a backward one, so no other was timed")
+            self._stay("not all forward passes had a backward one, so no other was timed")
         layer = stock if self.uses_stock else planmoe
         if self._is_over:
             return layer(hidden)
@@ -76,21 +83,27 @@ class StockTrial:
 
     def _change(self) -> None:
         """Take the other dispatch when there are times enough of this one, and in the end the better one."""
-        if self._stock_wins is not None:
+        if not self.uses_stock and self._is_uneven():
+            self._stay("ranks have different numbers of tokens, which the framework's cannot do")
+        elif self._stock_wins is not None:
             self._is_over, self.uses_stock = True, self._stock_wins
         elif self.uses_stock:
             self.uses_stock = len(self._times[True]) < _CALLS
         else:
             self.uses_stock = len(self._times[False]) >= _CALLS
 
+    def _stay(self, reason: str) -> None:
+        self._is_over, self.uses_stock = True, False
+        self._report("planmoe's dispatch", reason)
+
     def _run_timed(self, hidden: torch.Tensor, layer: Layer) -> torch.Tensor:
         times, found = _Times(), self._times[self.uses_stock]
 
-        def begin() -> None:
+        def begin(_: torch.Tensor) -> None:
             if not times.backward:
                 times.backward.append(self._clock.stamp())
 
-        def end() -> None:
+        def end(_: torch.Tensor) -> None:
             if len(times.backward) == 1:  # not in a second backward pass
                 times.backward.append(self._clock.stamp())
                 self._num_open -= 1
@@ -98,7 +111,10 @@ class StockTrial:
 
         self._num_open += 1
         times.forward.append(self._clock.stamp())
-        output: torch.Tensor = _Mark.apply(layer(_Mark.apply(hidden, end)), begin)  # type: ignore[no-untyped-call]
+        marked = hidden.view_as(hidden)  # hooks, which leave tensors that may be changed in place
+        marked.register_hook(end)
+        output = layer(marked)
+        output.register_hook(begin)
         times.forward.append(self._clock.stamp())
         return output
 
@@ -115,17 +131,3 @@ class StockTrial:
         self._report(
             choice, f"a layer took {in_words(ours)} with planmoe and {in_words(theirs)} without, forward and backward"
         )
-
-
-class _Mark(torch.autograd.Function):
-    """The identity; tells when backward comes by."""
-
-    @staticmethod
-    def forward(ctx, tensor, function):  # type: ignore[no-untyped-def]
-        ctx.function = function
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        ctx.function()
-        return grad, None

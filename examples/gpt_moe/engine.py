@@ -61,13 +61,20 @@ def start_engine(options: Options, place: ProcessPlace) -> DeepSpeedEngine:
     groups = split_params_into_different_moe_groups_for_optimizer(
         {"params": list(model.parameters()), "name": "parameters"}
     )
-    try:
+    with planmoes_sentence():
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=options.deepspeed_config)
+    return engine
+
+
+@contextmanager
+def planmoes_sentence() -> Iterator[None]:
+    """What planmoe refuses inside becomes an ExampleError."""
+    try:
+        yield
     except ValueError as error:
         if type(error).__module__.startswith("planmoe_ds."):
             raise ExampleError(str(error)) from error
         raise
-    return engine
 
 
 @contextmanager

@@ -5,6 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from errors import LoneError
+
+
+def make_folder(path: Path, option: str) -> Path:
+    """The folder, made where it is missing; LoneError, naming the option, where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoneError(f"{option}: the folder {path} cannot be made: {error.strerror}") from error
+    return path
+
 
 def write_whole(path: Path, text: str) -> None:
     """Put a text at `path`; readers find the old content or the new one. OSError when it cannot be written."""

@@ -4,17 +4,24 @@
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=$HERE/../../.venv/bin/python
-    [ -x "$PYTHON" ] || PYTHON=$(command -v python3)
+    [ -x "$PYTHON" ] || PYTHON=python3
 fi
+command -v "$PYTHON" >/dev/null || { echo "error: there is no Python '$PYTHON'" >&2; exit 2; }
+PYTHON=$(command -v "$PYTHON")
 PATH="$(dirname "$PYTHON"):$PATH" # DeepSpeed looks for ninja there
 
-num_gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+num_gpus=$("$HERE/../../scripts/num_gpus.sh")
 if [ "$num_gpus" -gt 1 ]; then
     RANKS=${RANKS:-$num_gpus}
+elif [ -n "${NEEDS_GPU:-}" ]; then
+    RANKS=${RANKS:-1}
 else
     # NCCL wants a GPU per rank: with fewer than two, four ranks share the CPU.
     RANKS=${RANKS:-4}
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+    if [ "$DS_ACCELERATOR" = cpu ]; then
+        export CUDA_VISIBLE_DEVICES= # Megatron would take the GPU
+    fi
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # So that no stream's kernels queue behind another's. Megatron asks for 1 where tensor parallelism overlaps.

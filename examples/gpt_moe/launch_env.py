@@ -63,7 +63,7 @@ def place_from(environment: Mapping[str, str]) -> ProcessPlace:
     Raises ExampleError naming the variable that is missing or is not a number.
     """
     for launcher in LAUNCHERS:
-        if launcher.marker in environment:
+        if launcher.marker in environment and not (launcher.marker == "PMI_RANK" and _is_pmi_of_srun(environment)):
             return _place_from_launcher(environment, launcher)
     return ProcessPlace(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
@@ -122,12 +122,20 @@ def run_on_this_rank(run: Callable[[ProcessPlace], int], program: str) -> int:
         return 2
 
 
+def _is_pmi_of_srun(environment: Mapping[str, str]) -> bool:
+    """Whether srun itself speaks PMI (`--mpi=pmi2`), which tells no local rank."""
+    speaks = "SLURM_STEP_ID" in environment and "MPI_LOCALRANKID" not in environment
+    return speaks and environment.get("SLURM_PROCID") == environment["PMI_RANK"]
+
+
 def _place_from_launcher(environment: Mapping[str, str], launcher: LauncherVariables) -> ProcessPlace:
     world_size = _number(environment, launcher.world_size, launcher.launcher)
     # deepspeed sets no local world size, mpiexec not always: then MASTER_ADDR decides (see prepare_environment).
     local_world_size = world_size
     if launcher.local_world_size in environment:
         local_world_size = _number(environment, launcher.local_world_size, launcher.launcher)
+    elif launcher.marker == "SLURM_STEP_ID" and environment.get("SLURM_NNODES", "").isdecimal():
+        local_world_size = -(-world_size // max(1, int(environment["SLURM_NNODES"])))  # srun spreads them evenly
     rank = _number(environment, launcher.rank, launcher.launcher)
     local_rank = rank % local_world_size
     if launcher.local_rank in environment:

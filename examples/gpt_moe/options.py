@@ -59,11 +59,14 @@ def parse_options(arguments: Sequence[str] | None, world_size: int) -> Options:
     config["planmoe"] = planmoe
     if parsed.batch_size is not None:
         config["train_micro_batch_size_per_gpu"] = parsed.batch_size
-    config.setdefault("train_micro_batch_size_per_gpu", 8)
+    batch_size = config.setdefault("train_micro_batch_size_per_gpu", 8)
+    if not isinstance(batch_size, int):  # "auto" is for Hugging Face's Trainer, which fills it in
+        told = f"train_micro_batch_size_per_gpu is {batch_size!r}, expected a number"
+        raise ExampleError(f"--deepspeed_config: {told}; --batch-size is one")
     _fit_scheduler(config, parsed.steps)
     return Options(
         steps=parsed.steps,
-        batch_size=config["train_micro_batch_size_per_gpu"],
+        batch_size=batch_size,
         data=tuple(parsed.data),
         output=parsed.output,
         resume=parsed.resume,
@@ -159,7 +162,7 @@ def _read_json(path: Path, option: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExampleError(f"{option}: cannot read {str(path)!r}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ExampleError(f"{option}: {path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ExampleError(f"{option}: {path} must hold a JSON object, not a {type(content).__name__}")

@@ -24,7 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from engine import import_planmoe, join_ranks, noise_in_file
+from engine import import_planmoe, join_ranks, noise_in_file, planmoes_sentence
 from errors import ExampleError
 from launch_env import ProcessPlace, run_on_this_rank
 from model import FeedForward
@@ -104,7 +104,8 @@ def start_engine(arguments: argparse.Namespace, planmoe: bool | dict[str, Any]) 
         "steps_per_print": 1_000_000_000,
         "planmoe": planmoe,
     }
-    engine, *_ = deepspeed.initialize(model=layer.to(DTYPES[arguments.dtype]), config=config)
+    with planmoes_sentence():
+        engine, *_ = deepspeed.initialize(model=layer.to(DTYPES[arguments.dtype]), config=config)
     return engine
 
 

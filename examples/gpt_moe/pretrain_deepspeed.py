@@ -18,6 +18,7 @@ import checkpoint
 import engine as engines
 from data import ByteData, language_loss, load_bytes
 from evaluate import generate_text, validation_loss
+from files import make_folder
 from history import History, StepRecord, read_history
 from launch_env import ProcessPlace, run_on_this_rank
 from options import Options, parse_options
@@ -31,8 +32,7 @@ def run(place: ProcessPlace) -> int:
     """Train, or evaluate a run that is complete, and write the report on all ranks; return the exit status."""
     options = parse_options(None, place.world_size)
     data = load_bytes(options.data, options.model.sequence_length)
-    report_folder = options.output / "report"
-    report_folder.mkdir(parents=True, exist_ok=True)
+    report_folder = make_folder(options.output / "report", "--output")
     with engines.noise_in_file(options.output / f"setup_rank{place.rank}.log"):
         engines.join_ranks(place)
         first_step = checkpoint.find(options)

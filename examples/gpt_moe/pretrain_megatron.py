@@ -17,6 +17,7 @@ import torch.distributed as dist
 import checkpoint
 from data import ByteData, load_bytes
 from evaluate import generate_text, validation_loss
+from files import make_folder
 from history import History, StepRecord, read_history
 from launch_env import ProcessPlace, run_on_this_rank
 from megatron_engine import MegatronEngine, join_ranks, start_engine
@@ -32,8 +33,7 @@ def run(place: ProcessPlace) -> int:
     warnings.filterwarnings("ignore")  # Megatron's, about everything that is not there on a CPU
     options: Any = parse_options(None, place.world_size)
     data = load_bytes(options.data, options.model.sequence_length)
-    report_folder = options.output / "report"
-    report_folder.mkdir(parents=True, exist_ok=True)
+    report_folder = make_folder(options.output / "report", "--save")
     device = join_ranks(place, options)
     first_step = checkpoint.find(options)
     engine: Any = start_engine(options, device)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a script of a Megatron-LM checkout, unedited, with planmoe's flags: on one machine, on several, under MPI or SLURM.
 #
-#   MEGATRON=~/Megatron-LM run_megatron_lm.sh [torchrun|mpi|srun] [SCRIPT.py] ARGUMENTS...
+#   MEGATRON_LM=~/Megatron-LM run_megatron_lm.sh [torchrun|mpi|srun] [SCRIPT.py] ARGUMENTS...
 #
 # One machine:      run_megatron_lm.sh torchrun pretrain_gpt.py --num-experts 8 --expert-model-parallel-size 8 \
 #                       --moe-token-dispatcher planmoe --planmoe-chunks 2 …
@@ -11,10 +11,11 @@
 # SLURM:            inside a job with one task per GPU: run_megatron_lm.sh srun pretrain_gpt.py …
 #                   (sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --wrap "…/run_megatron_lm.sh srun pretrain_gpt.py …")
 #
-# Environment: MEGATRON (the checkout), RANKS (per machine with torchrun, in all with MPI; its number of GPUs), NNODES (1),
+# Environment: MEGATRON_LM (the checkout), RANKS (per machine with torchrun, in all with MPI; its number of GPUs), NNODES (1),
 # NODE_RANK (0), MASTER_ADDR, MASTER_PORT (29500), HOSTFILE, PYTHON (this repository's .venv, else python3),
 # MPIRUN_ARGUMENTS.
 set -euo pipefail
+NEEDS_GPU=1
 source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 
 launcher=torchrun
@@ -24,14 +25,15 @@ case "${1:-}" in
         shift
         ;;
 esac
-: "${MEGATRON:?must name a Megatron-LM checkout, such as MEGATRON=~/Megatron-LM}"
+MEGATRON=${MEGATRON_LM:-${MEGATRON:-}}
+: "${MEGATRON:?must name a Megatron-LM checkout: MEGATRON_LM=~/Megatron-LM}"
 SCRIPT=pretrain_gpt.py
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
     SCRIPT=$1
     shift
 fi
 [ -f "$MEGATRON/$SCRIPT" ] || {
-    echo "error: there is no '$SCRIPT' in MEGATRON=$MEGATRON" >&2
+    echo "error: there is no '$SCRIPT' in MEGATRON_LM=$MEGATRON" >&2
     exit 2
 }
 repository=$(cd "$HERE/../.." && pwd)
@@ -76,6 +78,8 @@ case $launcher in
     srun)
         MASTER_ADDR=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?is set inside a SLURM job only}" | head -n 1)
         export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+        # srun does not take it from sbatch: without, all threads of a rank share one core.
+        export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}
         # shellcheck disable=SC2016  # the ranks' own shells fill in the variables
         exec srun --kill-on-bad-exit=1 sh -c '
             export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID

@@ -48,6 +48,10 @@ def extension(machine: Machine) -> Finding:
     facts = machine.extension.facts
     lists = {kind: ", ".join(facts[kind]) for kind in ("comms", "compressors")}
     detail = "; ".join(f"{key}: {value}" for key, value in {**facts["build"], **lists}.items())
+    wanted = machine.torch.facts.get("cuda")
+    if facts["build"]["cuda"] == "off" and wanted is not None:
+        advice = f"for GPUs, which are slow without, rebuild with PLANMOE_CUDA=1 where there is nvcc of CUDA {wanted}"
+        return Finding(name, "problem", detail=f"no CUDA kernels; {detail}", advice=advice)
     return Finding(name, "ok", detail=detail, required=True)
 
 

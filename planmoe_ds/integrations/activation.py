@@ -10,6 +10,7 @@ from torch import nn
 
 from planmoe_ds.agreement import ENABLED, FAILED, check_agreement
 from planmoe_ds.auto_planner import ChoiceLog
+from planmoe_ds.backend import build_info
 from planmoe_ds.choose import LayerTraffic
 from planmoe_ds.choose_codecs import resolve_compression
 from planmoe_ds.codecs import make_codecs
@@ -126,4 +127,6 @@ def make_engine_layers(
     description = (
         f"all-to-all {comm}, {config.describe_schedule()}, {config.resolved_exactness.value}, compression ({codecs})"
     )
+    if device.type == "cuda" and build_info()["cuda"] == "off":
+        description += ", SLOW: planmoe_ds._C was built without CUDA kernels (see planmoe doctor)"
     return EngineLayers(config, layers, groups, recorder, description)

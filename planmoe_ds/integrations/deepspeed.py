@@ -140,7 +140,8 @@ def configure(engine: Any, config: PlanMoEConfig) -> Session | None:
     if not config.enabled:
         return None
     layers = _moe_layers(engine.module)
-    session = _activate_layers(layers, config, torch.device(engine.device))
+    in_buckets = engine.zero_optimization_stage() > 0
+    session = _activate_layers(layers, config, torch.device(engine.device), in_buckets=in_buckets)
 
     def check() -> None:
         for layer in layers[:1]:  # all have one device and one watchdog
@@ -187,7 +188,13 @@ def _expert_ranks(layer: MOELayer) -> list[int]:
     return list(dist.get_process_group_ranks(layer.ep_group))
 
 
-def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torch.device) -> Session:
+def _activate_layers(
+    layers: list[MOELayer], config: PlanMoEConfig, device: torch.device, *, in_buckets: bool = False
+) -> Session:
+    """in_buckets: gradients are reduced in the order in which they come (ZeRO), between expert-parallel groups, too.
+
+    Stock's come in another order than planmoe's: groups that chose differently would add up different parameters.
+    """
     tensor_parallel_size, more_groups = bwc_tensor_model_parallel_world_size(groups.mpu), {}
     if tensor_parallel_size > 1:
         more_groups = {"tensor parallel": dist.get_process_group_ranks(bwc_tensor_model_parallel_group(groups.mpu))}
@@ -208,10 +215,13 @@ def _activate_layers(layers: list[MOELayer], config: PlanMoEConfig, device: torc
         layer.planmoe = engine_layer
         layer.tensor_parallel = TensorParallelSplit(made.groups["tensor parallel"], index) if divides_tokens else None
         layer.stock_trial = None
-        if config.chooses_everything and tensor_parallel_size == 1 and _stock_is_bounded(layer):
+        decides_alone = in_buckets and groups._get_expert_data_parallel_world_size(layer.ep_group_name) > 1
+        if config.chooses_everything and tensor_parallel_size == 1 and _stock_is_bounded(layer) and not decides_alone:
             trial_log.num_waiting += 1
             report = partial(trial_log.report, index)
-            layer.stock_trial = StockTrial(engine_layer.group, engine_layer.planner, report)
+            layer.stock_trial = StockTrial(
+                engine_layer.group, engine_layer.planner, report, partial(getattr, engine_layer, "has_been_uneven")
+            )
     if speaks:
         print(_announcement(layers, made.description), file=sys.stderr, flush=True)
     return made.session()
@@ -237,7 +247,8 @@ def _stock_is_bounded(layer: MOELayer) -> bool:
 
     Without dropping they grow with the busiest expert's rows: what fits during a trial may not fit later.
     """
-    return bool(layer.gate.drop_tokens) and layer.gate.capacity_factor <= MAX_PADDING
+    factor = max(layer.gate.capacity_factor, layer.gate.eval_capacity_factor)
+    return bool(layer.gate.drop_tokens) and factor <= MAX_PADDING
 
 
 def _facts(layer: MOELayer) -> LayerFacts:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from planmoe_ds.errors import PlanMoEConfigError
 
 FILE = "planmoe.json"  # in the folder of a checkpoint's tag
@@ -20,12 +22,15 @@ _KEY = "expert_parallel_sizes"
 def watch_checkpoints(engine: Any, expert_parallel_sizes: list[int], check: Callable[[], None]) -> None:
     """Let the engine's save_checkpoint write the sizes, one per MoE layer, and its load_checkpoint compare them.
 
+    expert_parallel_sizes: of the layers of this rank's pipeline stage; collective, since the file has those of all.
+
     load_checkpoint then raises PlanMoEConfigError, on every rank, where optimizer states of other sizes are asked for;
     with load_module_only or load_optimizer_states=False it loads the weights. A checkpoint without the file, which
     planmoe did not write, is not looked at. check: called before anything is saved; raises where weights may come from
     exchanges that were ended.
     """
     save, load = engine.save_checkpoint, engine.load_checkpoint
+    expert_parallel_sizes = _of_all_stages(getattr(engine, "stage_id", 0), expert_parallel_sizes)
 
     @functools.wraps(save)
     def save_checkpoint(save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -55,6 +60,13 @@ def watch_checkpoints(engine: Any, expert_parallel_sizes: list[int], check: Call
         )  # fmt: skip
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def _of_all_stages(stage: int, sizes: list[int]) -> list[int]:
+    """One stage's after another's."""
+    told: list[tuple[int, list[int]]] = [(stage, sizes)] * dist.get_world_size()
+    dist.all_gather_object(told, (stage, sizes))
+    return [size for _, of_stage in sorted(dict(told).items()) for size in of_stage]
 
 
 def _compare(load_dir: Path, tag: Any, sizes: list[int]) -> None:

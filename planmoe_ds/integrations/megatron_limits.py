@@ -1,7 +1,6 @@
 """What of Megatron planmoe does not support: said at the start, all at once, with the way out.
 
-Light on purpose: it looks at attributes only, of Megatron's arguments or of a TransformerConfig. A setting that this
-Megatron lacks is fine.
+Light on purpose: it only looks at attributes, of Megatron's arguments or of a TransformerConfig; any may be missing.
 """
 
 from __future__ import annotations
@@ -20,15 +19,11 @@ _ON = {  # what must be off: why, and what to do instead
     "fp4": (_PADDED.format("FP4"), _LEAVE_OFF),
     "moe_router_padding_for_fp8": ("it pads routes for FP8 experts", _LEAVE_OFF),
     "moe_router_padding_for_quantization": ("it pads routes for FP8 experts", _LEAVE_OFF),
-    "enable_cuda_graph": (_NO_GRAPH, _LEAVE_OFF),
-    "external_cuda_graph": (_NO_GRAPH, _LEAVE_OFF),
-    "overlap_moe_expert_parallel_comm": (
-        "it splits a layer between micro-batches, while planmoe overlaps inside the layer", _CHUNKS,
-    ),
+    **dict.fromkeys(("enable_cuda_graph", "external_cuda_graph"), (_NO_GRAPH, _LEAVE_OFF)),
+    "overlap_moe_expert_parallel_comm": ("it splits layers by micro-batches, planmoe overlaps inside one", _CHUNKS),
     "delay_wgrad_compute": ("planmoe's backward computes weight gradients chunk by chunk", _LEAVE_OFF),
     "overlap_dispatch_backward_with_experts_wgrad": ("planmoe's backward has an order of its own", _LEAVE_OFF),
-    "use_torch_fsdp2": (_WHOLE, "use the distributed optimizer"),
-    "use_megatron_fsdp": (_WHOLE, "use the distributed optimizer"),
+    **dict.fromkeys(("use_torch_fsdp2", "use_megatron_fsdp"), (_WHOLE, "use the distributed optimizer")),
     "moe_enable_deepep": ("DeepEP is another dispatcher", "choose one of the two"),
 }  # fmt: skip
 
@@ -40,6 +35,9 @@ def problems_of(settings: object) -> list[str]:
         return f"{name} = {getattr(settings, name)!r}: {why}; {instead}"
 
     found = [problem(name, *words) for name, words in _ON.items() if getattr(settings, name, None)]
+    for name, instead in (("recompute_modules", "recompute 'moe'"), ("offload_modules", "leave the experts out")):
+        if {"moe_act", "expert_fc1"} & set(getattr(settings, name, None) or ()):
+            found.append(problem(name, "planmoe runs experts chunk by chunk, in an order of its own", instead))
     if getattr(settings, "transformer_impl", None) == "inference_optimized":
         instead = "use --transformer-impl transformer_engine or local"
         found.append(problem("transformer_impl", "it has dispatchers of its own", instead))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,6 +15,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
 
+from planmoe_ds.errors import PlanMoEConfigError
 from tests.deepspeed.model import HIDDEN, NUM_EXPERTS, two_matrices
 from tests.deepspeed.training import EXACT, FLOAT32_TOLERANCE, Values, difference
 from tests.harness.ranks import RankPool
@@ -42,12 +45,11 @@ def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output - target).square().mean()
 
 
-def train_pipeline(section: Any) -> Values:
-    """Losses and final parameters of this rank's stage."""
+def start_pipeline(section: Any, layers: list[LayerSpec]) -> Any:
+    """The engine of two stages, half of the layers each."""
     deepspeed.init_distributed()
     torch.manual_seed(0)
-    layers = [LayerSpec(nn.Linear, HIDDEN, HIDDEN), LayerSpec(MoEStage), LayerSpec(MoEStage)]
-    module = PipelineModule([*layers, layers[0]], num_stages=STAGES, loss_fn=squared_error, partition_method="uniform")
+    module = PipelineModule(layers, num_stages=STAGES, loss_fn=squared_error, partition_method="uniform")
     config = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": ACCUMULATION,
@@ -58,6 +60,13 @@ def train_pipeline(section: Any) -> Values:
         [{"params": list(module.parameters()), "name": "all"}]
     )
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
+    return engine
+
+
+def train_pipeline(section: Any) -> Values:
+    """Losses and final parameters of this rank's stage."""
+    linear = LayerSpec(nn.Linear, HIDDEN, HIDDEN)
+    engine = start_pipeline(section, [linear, LayerSpec(MoEStage), LayerSpec(MoEStage), linear])
     torch.manual_seed(7 + dist.get_rank())
     batches = [(torch.randn(MICRO_BATCH, HIDDEN), torch.randn(MICRO_BATCH, HIDDEN)) for _ in range(ACCUMULATION)]
     values: Values = {}
@@ -65,6 +74,23 @@ def train_pipeline(section: Any) -> Values:
         values[f"step {step}: loss"] = engine.train_batch(iter(batches)).clone()
     assert hasattr(engine, "planmoe") == (section is not None)
     return values | {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+
+
+def resume_pipeline(folder: str) -> tuple[list[int], str]:
+    """The experts' sizes in the file, and the error of a resume, where the stages have one and two MoE layers."""
+    engine = start_pipeline({"chunks": 1}, [LayerSpec(nn.Linear, HIDDEN, HIDDEN), *[LayerSpec(MoEStage)] * 3])
+    engine.save_checkpoint(folder, tag="all")
+    dist.barrier()
+    written = json.loads((Path(folder) / "all" / "planmoe.json").read_text())["expert_parallel_sizes"]
+    try:
+        engine.load_checkpoint(folder, tag="all")
+    except PlanMoEConfigError as error:
+        return written, str(error)
+    return written, ""
+
+
+def test_stages_of_different_depth_resume(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(4, resume_pipeline, str(tmp_path), timeout=120) == [([2, 2, 2], "")] * 4
 
 
 def compare_pipelines() -> list[str]:

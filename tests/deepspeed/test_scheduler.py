@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from planmoe_ds.execution import load_execution, load_routing
+from planmoe_ds.integrations.deepspeed import PlanMoELayer
 from planmoe_ds.planner import MEASURED, WARM_UP
 from planmoe_ds.stock_trial import TRIAL_CALLS
 from tests.deepspeed import experts, model
@@ -36,6 +37,23 @@ CASES = (
     Case("non-reentrant", recompute=model.recompute_non_reentrant),
     Case("non-reentrant in the expert", make_expert=experts.NonReentrantExpert),
 )
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "stage", "is_tried"), [(4, 2, True), (2, 0, True), (2, 1, False), (2, 2, False), (1, 2, False)]
+)
+def test_groups_that_zero_reduces_over_do_not_choose_apart(
+    ranks: RankPool, ep_size: int, stage: int, is_tried: bool
+) -> None:
+    """Where ZeRO adds up gradients of several expert-parallel groups as they come, no layer may go back to stock."""
+    case = Case("true", two_layers(ep_size=ep_size), config={"zero_optimization": {"stage": stage}})
+    assert ranks.run(4, has_trials, case) == [[is_tried] * 2] * 4
+
+
+def has_trials(case: Case) -> list[bool]:
+    """Of every layer, whether it will be tried with stock's dispatch."""
+    engine = make_engine(case, planmoe=True)
+    return [layer.stock_trial is not None for layer in engine.module.modules() if isinstance(layer, PlanMoELayer)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

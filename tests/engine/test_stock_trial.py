@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from planmoe_ds.planner import MEASURED, WARM_UP
 from planmoe_ds.stock_trial import PATIENCE, TRIAL_CALLS, StockTrial
-from tests.engine.support import make_layer
+from tests.engine.support import make_layer, routes_of, run_layer
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -102,6 +103,71 @@ def test_a_call_without_its_backward_ends_the_trial(ranks: RankPool, way: str) -
         assert mine[-1] == "planmoe"
     else:
         assert said[0].startswith("the framework's own dispatch from now on")
+
+
+def try_with_uneven_tokens(first_uneven: int) -> tuple[list[str], list[str]]:
+    """What calls used, and what was said, where ranks have different numbers of tokens from a call on."""
+    said: list[str] = []
+    number = 0
+    planner: Any = SimpleNamespace(is_settled=True)
+    group = make_layer({"comm": "direct"}).group
+    trial = StockTrial(group, planner, lambda _, reason: said.append(reason), lambda: number > first_uneven)
+    used: list[str] = []
+    tokens = torch.ones(2, 2, requires_grad=True)
+
+    def layer(name: str) -> Any:
+        return lambda hidden: (used.append(name), hidden * 2)[1]
+
+    for number in range(NUM_CALLS):  # noqa: B007  the closure looks at it
+        trial.run(tokens, layer("planmoe"), layer("stock")).sum().backward()
+    return used, said
+
+
+@pytest.mark.parametrize("first_uneven", [2, NUM_CALLS - 3])
+def test_uneven_tokens_keep_planmoe(ranks: RankPool, first_uneven: int) -> None:
+    (mine, said), (theirs, _) = ranks.run(2, try_with_uneven_tokens, first_uneven)
+    assert mine == theirs
+    assert mine[-1] == "planmoe"
+    assert ("stock" in mine) == (first_uneven > 2)
+    assert "different numbers of tokens" in said[-1]
+
+
+def uneven_layer() -> tuple[bool, bool]:
+    """Whether a layer knows, before and after, that ranks had different numbers of tokens in a call."""
+    layer = make_layer({"comm": "direct"})
+    found = []
+    for num_tokens in (3, 3 + dist.get_rank()):
+        tokens, experts = torch.randn(num_tokens, 4), torch.zeros(1, num_tokens, dtype=torch.long)
+        run_layer(layer, tokens, routes_of(experts, 2), [nn.Linear(4, 4)])
+        found.append(layer.has_been_uneven)
+    return found[0], found[1]
+
+
+def test_layers_notice_uneven_tokens(ranks: RankPool) -> None:
+    assert ranks.run(2, uneven_layer) == [(False, True)] * 2
+
+
+def change_in_place() -> list[str]:
+    """What calls used whose output is changed in place."""
+    planner: Any = SimpleNamespace(is_settled=True)
+    trial = StockTrial(make_layer({"comm": "direct"}).group, planner, lambda *_: None)
+    used: list[str] = []
+
+    def layer(name: str) -> Any:
+        return lambda hidden: (used.append(name), hidden * 2)[1]
+
+    for _ in range(NUM_CALLS):
+        tokens = torch.ones(2, 2, requires_grad=True)
+        output = trial.run(tokens, layer("planmoe"), layer("stock"))
+        output += tokens
+        output.mul_(2).sum().backward()
+        assert torch.equal(tokens.grad, torch.full_like(tokens, 6.0))  # type: ignore[arg-type]
+    return used
+
+
+def test_outputs_may_be_changed_in_place(ranks: RankPool) -> None:
+    mine, theirs = ranks.run(2, change_in_place)
+    assert mine[: len(TRIED)] == theirs[: len(TRIED)] == TRIED
 
 
 def test_nothing_changes_without_backward(ranks: RankPool) -> None:

@@ -18,6 +18,10 @@ MISTAKES = {
     "heads that do not divide": (["--heads", "7"], "--hidden-size is 96"),
     "missing planmoe file": (["--planmoe", "nowhere.json"], "cannot read 'nowhere.json'"),
     "planmoe that is no JSON": (["--planmoe", "{chunks: 2}"], "--planmoe is not valid JSON"),
+    "planmoe that cannot be": (["--planmoe", '{"chunks": "automatic"}'], "expected a number or 'auto'"),
+    "config that is no text": (["--deepspeed_config", "BINARY"], "is not valid JSON"),
+    "config for a trainer": (["--deepspeed_config", "TRAINERS"], "train_micro_batch_size_per_gpu is 'auto'"),
+    "output that is a file": (["--output", "EMPTY"], "cannot be made"),
     "unknown option": (["--epochs", "2"], "unrecognized arguments: --epochs"),
 }
 
@@ -27,7 +31,10 @@ MISTAKES = {
 def test_mistakes_are_told_in_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("only a few bytes", encoding="utf-8")
-    files = {"EMPTY": str(tmp_path / "empty.txt"), "SHORT": str(tmp_path / "short.txt")}
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe{}")
+    (tmp_path / "trainers.json").write_text('{"train_micro_batch_size_per_gpu": "auto"}')
+    names = {"EMPTY": "empty.txt", "SHORT": "short.txt", "BINARY": "binary.json", "TRAINERS": "trainers.json"}
+    files = {word: str(tmp_path / name) for word, name in names.items()}
     words = [files.get(word, word) for word in arguments]
     done = start([sys.executable, EXAMPLE / "pretrain_deepspeed.py", "--output", tmp_path / "output", *words])
     assert done.returncode == 2

@@ -43,6 +43,23 @@ def test_every_launcher_leads_to_one_environment(environment: dict[str, str]) ->
     assert {**variables, **ENVIRONMENTS["torchrun"], "MASTER_PORT": "29500"} == variables
 
 
+def test_srun_that_speaks_pmi_is_srun() -> None:
+    """SLURM's own PMI names no local rank; MPICH's launcher inside a job does."""
+    environment = {**ENVIRONMENTS["srun"], "PMI_RANK": "5", "PMI_SIZE": "8"}
+    place = load("launch_env").place_from(environment)
+    assert (place.rank, place.local_rank, place.local_world_size) == (5, 1, 4)
+    inside = {**ENVIRONMENTS["MPICH"], "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    assert load("launch_env").place_from(inside).rank == 5
+
+
+def test_srun_without_tasks_per_node() -> None:
+    environment = {name: value for name, value in ENVIRONMENTS["srun"].items() if name != "SLURM_NTASKS_PER_NODE"}
+    place = load("launch_env").place_from({**environment, "SLURM_NNODES": "2"})
+    assert place.local_world_size == 4
+    with pytest.raises(ValueError, match="MASTER_ADDR is not set and 8 ranks run on several machines"):
+        load("launch_env").prepare_environment({**environment, "SLURM_NNODES": "2"})
+
+
 def test_no_launcher_means_one_rank_on_this_machine() -> None:
     variables: dict[str, str] = {}
     assert load("launch_env").prepare_environment(variables).world_size == 1

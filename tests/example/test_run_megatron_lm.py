@@ -25,6 +25,7 @@ pathlib.Path(__file__).with_name(f"found.{dist.get_rank()}").write_text(" ".join
 dist.destroy_process_group()
 """
 SRUN = """#!/bin/sh
+[ "$SRUN_CPUS_PER_TASK" = 3 ] || exit 1
 shift  # --kill-on-bad-exit=1
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done
 wait
@@ -33,6 +34,7 @@ SCONTROL = """#!/bin/sh
 [ "$1 $2 $3" = "show hostnames here" ] && echo 127.0.0.1
 """
 JOB = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
+JOB |= {"SLURM_CPUS_PER_TASK": "3"}
 
 
 def run(checkout: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +42,7 @@ def run(checkout: Path, *words: str, **environment: str) -> subprocess.Completed
     return subprocess.run(
         [EXAMPLE / "run_megatron_lm.sh", *words],
         cwd=checkout.parent,
-        env={**environment_of_ranks(), "RANKS": "2", "MEGATRON": checkout.name, **environment},
+        env={**environment_of_ranks(), "RANKS": "2", "MEGATRON_LM": checkout.name, **environment},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,
@@ -73,8 +75,8 @@ def test_a_launcher_starts_the_script(checkout: Path, launcher: str) -> None:
 def test_mistakes_are_told(checkout: Path) -> None:
     done = run(checkout, "pretrain_bert.py")
     assert done.returncode == 2
-    assert "there is no 'pretrain_bert.py' in MEGATRON=checkout" in done.stderr
-    done = run(checkout, MEGATRON="")
+    assert "there is no 'pretrain_bert.py' in MEGATRON_LM=checkout" in done.stderr
+    done = run(checkout, MEGATRON_LM="")
     assert done.returncode != 0
     assert "must name a Megatron-LM checkout" in done.stderr
     done = run(checkout, "torchrun", "pretrain_gpt.py", NNODES="2")

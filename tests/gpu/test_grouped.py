@@ -265,3 +265,19 @@ def test_what_counts_its_calls_is_left_alone(in_a_buffer: bool) -> None:
     assert [int(module.calls) for module in modules] == [0, 0]
     modules[0](torch.zeros(1, 64))
     assert int(modules[0].calls) == 1
+
+
+def test_mode_and_frozen_parameters_are_noticed() -> None:
+    """An expert that is other in training, or whose parameters no longer train, is looked at again."""
+    modules = [SwiGlu() for _ in COUNTS]
+    grouped = recognise(modules)
+    assert grouped is not None
+    for module in modules:
+        module.eval()
+    assert not grouped.is_current()
+    grouped = recognise(modules)
+    assert grouped is not None
+    assert grouped.is_current()
+    modules[1].down.weight.requires_grad_(False)
+    assert not grouped.is_current()
+    assert recognise(modules) is None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_patches import model
 from megatron_patches.flags import read_choice, shared_settings, with_choice, with_flags
 from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.integrations.megatron_limits import problems_of
 
 GOOD = ["--moe-token-dispatcher", "planmoe", "--num-experts", "8", "--expert-model-parallel-size", "4"]
 
@@ -144,3 +147,37 @@ def test_parser_without_the_argument() -> None:
 
     with pytest.raises(ImportError, match="no --moe-token-dispatcher-type"):
         with_flags(bare)(argparse.ArgumentParser())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"recompute_modules": ["core_attn", "moe"]}, ""),
+        ({"recompute_modules": ["core_attn", "moe_act"]}, "recompute 'moe'"),
+        ({"offload_modules": ["attn_proj", "expert_fc1"]}, "leave the experts out"),
+        ({"recompute_modules": None, "offload_modules": None}, ""),
+    ],
+)
+def test_parts_of_experts_are_left_alone(settings: dict[str, Any], words: str) -> None:
+    problems = problems_of(SimpleNamespace(**settings))
+    assert len(problems) == bool(words)
+    assert all(words in problem for problem in problems)
+
+
+def test_a_dense_model_beside_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upcycling builds one, without --num-experts, when the job's own model is there."""
+    seen: list[Any] = []
+    arguments = SimpleNamespace(planmoe=True, num_experts=8)
+    monkeypatch.setattr(model, "_arguments", lambda: arguments)
+    name = "planmoe_ds.integrations.megatron"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(activate=lambda models, _: seen.append(models) or seen))
+    build = model.activated(lambda models: models)
+    build(["sparse"])
+    arguments.num_experts = None
+    build(["dense"])
+    arguments.num_experts = 8
+    build(["another"])
+    assert seen == [["sparse"], ["another"]]
+    arguments.num_experts = None  # as the only model it is a mistake
+    model.activated(lambda models: models)(["alone"])
+    assert seen[-1] == ["alone"]

@@ -78,6 +78,7 @@ CASES = [
         "built for another Python: _C.cpython-310.so",
     ),
     (build_checks.extension, machine(extension=Probe(error="undefined symbol: x")), "problem", "undefined symbol: x"),
+    (build_checks.extension, machine(torch=Probe(GPU_TORCH)), "problem", "rebuild with PLANMOE_CUDA=1"),
     (build_checks.extension_torch, machine(), "ok", "2.13.0+cpu"),
     (
         build_checks.extension_torch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def test_command_writes_trace_and_pictures(schedule: Schedule, tmp_path: Path) -
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {"executed", "predicted"}
 
 
+def traced(**changes: object) -> str:
+    """A file of one span, but for the changes, and a prediction without anything."""
+    span = asdict(Span("compute", "compute", 0, 0, "forward", 0, 5)) | changes
+    return json.dumps({"version": 1, "spans": [span], "predictions": [{}]})
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -61,6 +68,11 @@ def test_command_writes_trace_and_pictures(schedule: Schedule, tmp_path: Path) -
         ('{"version": 1}', "was not written by"),
         ('{"version": 2, "spans": [], "predictions": []}', "has version 2"),
         ('{"version": 1, "spans": [], "predictions": []}', "has no spans"),
+        (traced(), "predictions.0.layer: "),
+        (traced(start_ns="soon"), "spans.0.start_ns: "),
+        (traced(lane="road"), "spans.0.lane: "),
+        (traced(phase="sideways"), "spans.0.phase: "),
+        (traced(end_ns=-1).replace("{}", ""), "'compute' that ends before it starts"),
     ],
 )
 def test_other_files_are_refused(content: str, words: str, tmp_path: Path) -> None:
@@ -69,3 +81,10 @@ def test_other_files_are_refused(content: str, words: str, tmp_path: Path) -> No
     assert found.exit_code == 2
     assert words in found.stderr
     assert CliRunner().invoke(app, ["trace", str(tmp_path / "none.json")]).exit_code == 2
+
+
+def test_pictures_that_cannot_be_written(schedule: Schedule, tmp_path: Path) -> None:
+    save_execution(tmp_path / "run.json", predicted_spans(schedule, 0, "forward"), {0: {"forward": schedule}})
+    found = CliRunner().invoke(app, ["trace", str(tmp_path / "run.json"), "--out", str(tmp_path / "run.json")])
+    assert found.exit_code == 2
+    assert "pictures cannot be written to" in found.stderr

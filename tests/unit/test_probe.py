@@ -51,7 +51,7 @@ def test_the_fit_bears_noise(noise: list[float]) -> None:
     times = [(1e-4 + 1e-8 * size) * factor for size, factor in zip(SIZES, noise, strict=True)]
     cost = fit_link_cost(SIZES, times)
     assert cost.beta_seconds_per_byte == pytest.approx(1e-8, rel=0.25)
-    assert cost.alpha_seconds == pytest.approx(1e-4, rel=0.5)
+    assert cost.alpha_seconds == pytest.approx(1e-4, rel=0.6)  # 0.54 with the worst of such noise
 
 
 @given(st.lists(st.floats(1e-6, 10), min_size=6, max_size=6))
@@ -233,11 +233,57 @@ def test_the_report_of_costs_that_were_not_kept() -> None:
             {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"},
         ),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, {}),
+        (
+            {
+                "SLURM_PROCID": "9",
+                "SLURM_NTASKS": "16",
+                "SLURM_LOCALID": "1",
+                "SLURM_NTASKS_PER_NODE": "8",
+                "SLURM_STEP_ID": "0",
+                "PMI_RANK": "9",
+                "PMI_SIZE": "16",
+            },
+            {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"},
+        ),
+        (
+            {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"},
+            {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"},
+        ),
     ],
-    ids=["none", "torchrun first", "Open MPI", "MPICH", "srun", "batch script"],
+    ids=["none", "torchrun first", "Open MPI", "MPICH", "srun", "batch script", "srun with PMI", "MPICH in a job"],
 )
 def test_launchers_variables(environment: dict[str, str], found: dict[str, str]) -> None:
     assert probe_command.launcher_variables(environment) == found
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind"),
+    [
+        ({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cuda"),
+        ({"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "cpu"),
+        ({"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}, "cuda"),
+        ({"LOCAL_WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}, "cpu"),
+    ],
+)
+def test_ranks_without_a_gpu_each_take_the_cpu(
+    environment: dict[str, str], kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    device = probe_command._device(environment)
+    assert device.type == kind
+    assert chosen == ([torch.device("cuda", 1)] if kind == "cuda" else [])
+    assert ("4 ranks, 2 GPUs here" in capsys.readouterr().err) == (environment.get("LOCAL_RANK") == "0")
+
+
+def test_ranks_that_cannot_meet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"RANK": "first", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert probe_command.run() == 2
+    assert "planmoe probe: the ranks did not meet: " in capsys.readouterr().err
 
 
 def test_without_a_launcher_it_says_how(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
