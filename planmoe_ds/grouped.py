@@ -90,8 +90,7 @@ class GroupedExperts:
             for module, linear in zip(self.modules, linears, strict=True):
                 siblings = module.get_submodule(".".join(path))._modules
                 weight, bias = linear.weight, linear.bias
-                trains = weight.requires_grad, bias is not None and bias.requires_grad
-                found.append((siblings, key, linear, linear._parameters, weight, bias, trains))
+                found.append((siblings, key, linear, linear._parameters, weight, bias, _train(weight, bias)))
         return found
 
     @cached_property
@@ -104,7 +103,7 @@ class GroupedExperts:
             siblings.get(key) is linear
             and own.get("weight") is weight
             and own.get("bias") is bias
-            and trains == (weight.requires_grad, bias is not None and bias.requires_grad)
+            and trains == _train(weight, bias)
             for siblings, key, linear, own, weight, bias, trains in self._found
         )
 
@@ -254,6 +253,10 @@ def in_place(parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
     if not regular:
         return None
     return first.as_strided((len(parameters), *first.shape), (step // size, *first.stride()), first.storage_offset())
+
+
+def _train(weight: Any, bias: Any) -> tuple[bool, bool]:
+    return weight.requires_grad, bias is not None and bias.requires_grad
 
 
 def stacked(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
