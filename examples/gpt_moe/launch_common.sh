@@ -19,9 +19,9 @@ else
     # NCCL wants a GPU per rank: with fewer than two, four ranks share the CPU.
     RANKS=${RANKS:-4}
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-    if [ "$DS_ACCELERATOR" = cpu ]; then
-        export CUDA_VISIBLE_DEVICES= # Megatron would take the GPU
-    fi
+fi
+if [ "${DS_ACCELERATOR:-}" = cpu ]; then
+    export CUDA_VISIBLE_DEVICES= # Megatron would take GPUs
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # So that no stream's kernels queue behind another's. Megatron asks for 1 where tensor parallelism overlaps.

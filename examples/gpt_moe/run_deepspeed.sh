@@ -13,8 +13,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 write_variables() {
     local file name
     file=$(mktemp "${TMPDIR:-/tmp}/deepspeed_env.XXXXXX")
-    for name in "${DS_ENV_FILE:-$HOME/.deepspeed_env}" .deepspeed_env; do
-        [ ! -f "$name" ] || grep '=' "$name" >>"$file"
+    for name in "$HOME/${DS_ENV_FILE:-.deepspeed_env}" "${DS_ENV_FILE:-.deepspeed_env}"; do # as DeepSpeed looks for it
+        [ ! -f "$name" ] || grep '=' "$name" >>"$file" || true
     done
     for name in OMP_NUM_THREADS CUDA_DEVICE_MAX_CONNECTIONS DS_ACCELERATOR; do
         [ -z "${!name:-}" ] || echo "$name=${!name}" >>"$file"
