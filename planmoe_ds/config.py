@@ -249,7 +249,7 @@ def _describe(where: str, problem: Mapping[str, Any]) -> str:
         return f"{path}: unknown key; {hint}known keys: {', '.join(names)}"
     message = problem["msg"].removeprefix("Value error, ")
     if location == ["chunks"] and isinstance(problem["input"], str):
-        message = f"expected a number or '{AUTO}'"
+        message = f"expected an integer or '{AUTO}'"
     if location:
         return f"{path} = {problem['input']!r}: {message}"
     return f"{where}: {message}"

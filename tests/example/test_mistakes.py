@@ -18,7 +18,7 @@ MISTAKES = {
     "heads that do not divide": (["--heads", "7"], "--hidden-size is 96"),
     "missing planmoe file": (["--planmoe", "nowhere.json"], "cannot read 'nowhere.json'"),
     "planmoe that is no JSON": (["--planmoe", "{chunks: 2}"], "--planmoe is not valid JSON"),
-    "planmoe that cannot be": (["--planmoe", '{"chunks": "automatic"}'], "expected a number or 'auto'"),
+    "planmoe that cannot be": (["--planmoe", '{"chunks": "automatic"}'], "expected an integer or 'auto'"),
     "config that is no text": (["--deepspeed_config", "BINARY"], "is not valid JSON"),
     "config for a trainer": (["--deepspeed_config", "TRAINERS"], "train_micro_batch_size_per_gpu is 'auto'"),
     "output that is a file": (["--output", "EMPTY"], "cannot be made"),
