@@ -60,7 +60,7 @@ class Variants:
         self.same_node = [node == here for node in node_of_rank]
         self.other_node = [node != here for node in node_of_rank]
         self.stock_group = dist.new_group()
-        with batch_threads():  # as planmoe_ds.group.connect does
+        with batch_threads():  # as planmoe_ds.connect.connect does
             self.batch_group = dist.new_group()
             groups = [dist.new_group(), dist.new_group()]
             self.comms: dict[str, Comm] = {name: make_comm(name, groups, node_of_rank, device) for name in comm_names()}

@@ -14,8 +14,8 @@ from torch import nn
 
 from planmoe_ds.codecs import Codecs, LinkCodecs
 from planmoe_ds.config import parse_config
+from planmoe_ds.connect import connect
 from planmoe_ds.experts import LocalExperts
-from planmoe_ds.group import connect
 from planmoe_ds.layer import ExpertParallelLayer
 from planmoe_ds.plan import Routes
 from planmoe_ds.planner import MEASURED, WARM_UP, CallOrders

@@ -23,9 +23,9 @@ from benchmarks._layer_peers import Maker, installed_peers
 from planmoe_ds.codecs import make_codecs
 from planmoe_ds.compression import CompressionConfig
 from planmoe_ds.config import parse_config
+from planmoe_ds.connect import connect
 from planmoe_ds.equal_experts import share_storage
 from planmoe_ds.experts import LocalExperts
-from planmoe_ds.group import connect
 from planmoe_ds.grouped import stacked
 from planmoe_ds.layer import ExpertParallelLayer
 from planmoe_ds.plan import Routes

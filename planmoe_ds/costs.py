@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from planmoe_ds.errors import first_problem
 from planmoe_ds.topology import LinkClass, Topology
 
 _Finite = Field(allow_inf_nan=False)
@@ -135,9 +136,7 @@ def load_costs(path: Path, mark: str) -> ClusterCosts | None:
     try:
         costs = ClusterCosts.model_validate(content)
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"]) or "file"
-        raise StaleCacheError(f"{path}: {place}: {problem['msg'].removeprefix('Value error, ')}") from None
+        raise StaleCacheError(f"{path}: {first_problem(error)}") from None
     if costs.fingerprint != mark:
         raise StaleCacheError(f"{path}: fingerprint {costs.fingerprint}, this cluster's is {mark}")
     return costs

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from planmoe_ds.errors import first_problem
 from planmoe_ds.scheduling import Resource, Schedule
 from planmoe_ds.trace import Lane, Phase, Span, chrome_events, draw_timeline
 
@@ -98,9 +99,7 @@ def load_execution(path: Path) -> tuple[list[Span], list[dict[str, Any]]]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"]) or "file"
-        raise ValueError(f"{path} was not written by engine.planmoe.save_trace: {place}: {problem['msg']}") from error
+        raise ValueError(f"{path} was not written by engine.planmoe.save_trace: {first_problem(error)}") from error
     if content.version != _VERSION:
         raise ValueError(f"{path} has version {content.version}, this planmoe reads {_VERSION}: trace again")
     if not content.spans:

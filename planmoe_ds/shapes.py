@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from planmoe_ds.costs import ClusterCosts, LinkCost
-from planmoe_ds.errors import PlanMoEConfigError
+from planmoe_ds.errors import PlanMoEConfigError, first_problem
 from planmoe_ds.topology import Topology
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -115,10 +115,8 @@ def load_shape(path: Path, kind: type[_Model]) -> _Model:
     except OSError as error:
         raise PlanMoEConfigError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "file"
-        known = ", ".join(kind.model_fields)
-        hint = f"; known keys: {known}" if problem["type"] == "extra_forbidden" else ""
-        raise PlanMoEConfigError(f"{path}: {where}: {problem['msg'].removeprefix('Value error, ')}{hint}") from None
+        is_unknown = error.errors()[0]["type"] == "extra_forbidden"
+        hint = f"; known keys: {', '.join(kind.model_fields)}" if is_unknown else ""
+        raise PlanMoEConfigError(f"{path}: {first_problem(error)}{hint}") from None
     except ValueError as error:
         raise PlanMoEConfigError(f"{path} is not JSON: {error}") from error

@@ -16,7 +16,8 @@ from planmoe_ds.choose_codecs import resolve_compression
 from planmoe_ds.codecs import make_codecs
 from planmoe_ds.compression import AUTO
 from planmoe_ds.config import PlanMoEConfig
-from planmoe_ds.group import ExpertGroup, connect
+from planmoe_ds.connect import connect
+from planmoe_ds.group import ExpertGroup
 from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer
 from planmoe_ds.recorder import Recorder

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from planmoe_ds.errors import first_problem
 from planmoe_ds.scheduling.graph import ChunkCosts, ExchangeCosts, layer_graph
 
 _ADVICE = "delete it, or name another folder"
@@ -96,9 +97,7 @@ def load_plan(
     except RecursionError:
         raise StoredPlanError(f"{path} cannot be used: it is nested too deeply for a plan: {_ADVICE}") from None
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"]) or "file"
-        raise StoredPlanError(f"{path}: {place}: {problem['msg']}: {_ADVICE}") from None
+        raise StoredPlanError(f"{path}: {first_problem(error)}: {_ADVICE}") from None
     except (OSError, ValueError) as error:
         raise StoredPlanError(f"{path} cannot be used: {error}: {_ADVICE}") from error
     for what, stored, wanted in (("cluster", plan.cluster, cluster), ("model", plan.model, model)):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from planmoe_ds.choose import LayerTraffic
 from planmoe_ds.config import parse_config
-from planmoe_ds.group import connect
+from planmoe_ds.connect import connect
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from torch import nn
 from planmoe_ds.codecs import make_codecs
 from planmoe_ds.compression import CompressionConfig
 from planmoe_ds.config import parse_config
+from planmoe_ds.connect import connect
 from planmoe_ds.experts import LocalExperts
-from planmoe_ds.group import connect
 from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer
 from planmoe_ds.plan import Routes

@@ -13,9 +13,9 @@ from torch import nn
 
 import planmoe_ds
 from planmoe_ds.config import PlanMoEConfig
+from planmoe_ds.connect import connect
 from planmoe_ds.executor import Order, vector_of
 from planmoe_ds.gradients import ExpertGraph, linear_calls, splittable, used_once
-from planmoe_ds.group import connect
 from planmoe_ds.plan_store import PlanStore
 from planmoe_ds.planner import DRIFT, MEASURED, WARM_UP, CallOrders
 from planmoe_ds.plugins import PLUGINS

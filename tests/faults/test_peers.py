@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 import planmoe_ds.layer as layer_module
+from planmoe_ds.connect import NUM_LINKS
 from planmoe_ds.counts import Counts
-from planmoe_ds.group import NUM_LINKS
 from planmoe_ds.rows import Integers
 from planmoe_ds.wire import TokenColumns, token_columns
 from tests.engine.support import drop_groups

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 import planmoe_ds.agreement as agreement_module
-import planmoe_ds.group as group_module
+import planmoe_ds.connect as connect_module
 import planmoe_ds.job_store as job_store_module
 from planmoe_ds.agreement import check_agreement, judge
 from planmoe_ds.errors import PlanMoEMismatchError
@@ -81,7 +81,7 @@ def test_half_the_process_groups_timeout_is_waited_for_a_late_rank(ranks: RankPo
 
 def timeouts(settings: dict[str, object]) -> list[float]:
     """Seconds that the job's own group waits, then planmoe's groups in a job whose group waits 77 s."""
-    with patch.object(group_module, "job_timeout", lambda: timedelta(seconds=77)):
+    with patch.object(connect_module, "job_timeout", lambda: timedelta(seconds=77)):
         layer = make_layer(settings)
     backends = [group._get_backend(group._device_types[0]) for group in layer.group.comm.groups]
     return [job_timeout().total_seconds(), *(backend.options._timeout.total_seconds() for backend in backends)]

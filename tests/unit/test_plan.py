@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from planmoe_ds.backend import RowRoutes, TokenOrder, find_experts, order_tokens
 from planmoe_ds.chunking import Chunking, chunking_of
 from planmoe_ds.config import ChunkBy, parse_config
+from planmoe_ds.connect import connect
 from planmoe_ds.counts import Talk
 from planmoe_ds.errors import PlanMoEMismatchError
-from planmoe_ds.group import connect
 from planmoe_ds.headers import Header
 from planmoe_ds.plan import NO_ROUTE, BufferRequest, _lay_out, build_plan
 from planmoe_ds.recorder import Label, Recorder
