@@ -39,12 +39,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "planmoe pipe": {**SAME, "comm": "pipe", "chunks": 1},
     "planmoe dedup": {**SAME, "comm": "dedup", "chunks": 1},
     "planmoe dedup, 2 chunks": {**SAME, "comm": "dedup", "chunks": 2, "scheduler": "optimal"},
+    "planmoe dedup, e4m7": {"comm": "dedup", "chunks": 1, "compression": {"inter": "e4m7"}},
+    "planmoe dedup, e4m7, 2 chunks": {
+        "comm": "dedup", "chunks": 2, "scheduler": "optimal", "compression": {"inter": "e4m7"},
+    },
     "planmoe dedup, hadamard_int8": {"comm": "dedup", "chunks": 1, "compression": "hadamard_int8"},
     "planmoe dedup, hadamard_int8, 2 chunks": {
         "comm": "dedup", "chunks": 2, "scheduler": "optimal", "compression": "hadamard_int8",
     },
     "planmoe auto": {"comm": "auto", "chunks": "auto", "scheduler": "auto"},
 }  # fmt: skip
+SAME_BITS = {  # as those without the codec, where all rows fit it
+    "planmoe dedup, e4m7": "planmoe dedup",
+    "planmoe dedup, e4m7, 2 chunks": "planmoe dedup, 2 chunks",
+}
+CODECS = {"_e4m7": "e4m7", "_8bit": "int8"}  # ends of RESULT names, and of which variants they tell
 LEARNING = {"optimal": 9, "auto": 40}  # calls from which a scheduler learns what tasks cost, and which way is faster
 
 
@@ -64,8 +73,10 @@ def make_layer(shape: list[int], device: torch.device) -> Any:
     return layer.to(device, torch.bfloat16)
 
 
-def measure(shape: list[int], variant: str, hosts: int, rounds: int, device: torch.device) -> dict[str, float]:
-    """One variant's time, and what a rank sends, with and without the network between hosts."""
+def measure(
+    shape: list[int], variant: str, hosts: int, rounds: int, device: torch.device
+) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """One variant's time, and what a rank sends, with and without the network between hosts; outputs and gradients."""
     import planmoe_ds
 
     layer = make_layer(shape, device)
@@ -79,12 +90,13 @@ def measure(shape: list[int], variant: str, hosts: int, rounds: int, device: tor
     tokens = torch.randn(1, shape[0], shape[1], device=device, dtype=torch.bfloat16).requires_grad_()
     probe = torch.randn_like(tokens)
 
-    def step() -> None:
+    def step() -> list[torch.Tensor]:
         tokens.grad = None
         for parameter in layer.parameters():
             parameter.grad = None
         output, balance, _ = layer(tokens)
         torch.autograd.backward([output, balance], [probe, torch.ones_like(balance)])
+        return [output.detach(), tokens.grad, *(parameter.grad for parameter in layer.parameters())]
 
     warm_up = LEARNING.get(str(VARIANTS.get(variant, {}).get("scheduler")), 2)
     with without_all_to_all(active=variant == BOUND):
@@ -93,10 +105,18 @@ def measure(shape: list[int], variant: str, hosts: int, rounds: int, device: tor
     figures = {"ms": time, "host_ms": host, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     if session is not None:
         session.recorder.take()
-        step()
+    found = step()
+    if session is not None:
         taken = session.recorder.take()
         figures |= {"sent_mb": taken.bytes_sent / 1e6, "stock_mb": taken.stock_bytes / 1e6}
-    return figures
+    return figures, found
+
+
+def count_differences(found: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """Numbers that differ, on all ranks."""
+    count = torch.stack([(one != other).sum() for one, other in zip(found, others, strict=True)]).sum()
+    dist.all_reduce(count)
+    return float(count)
 
 
 def main() -> None:
@@ -128,16 +148,23 @@ def main() -> None:
     for text in shapes:
         shape = [int(number) for number in text.split(",")]
         rows = found[text] = {}
+        kept: dict[str, list[torch.Tensor]] = {}
         for variant in (STOCK, BOUND, *chosen):
             torch.cuda.reset_peak_memory_stats()
-            rows[variant] = measure(shape, variant, options.hosts, rounds, device)
+            rows[variant], results = measure(shape, variant, options.hosts, rounds, device)
+            if variant in SAME_BITS.values():
+                kept[variant] = results
+            if SAME_BITS.get(variant) in kept:
+                rows[variant]["differing"] = count_differences(results, kept[SAME_BITS[variant]])
+            del results
             forget_deepspeed_groups()
             if speaks:
                 row, stock = rows[variant], rows[STOCK]["ms"]
                 sent = f"{row['sent_mb']:8.1f} MB of stock's {row['stock_mb']:.1f}" if "sent_mb" in row else ""
+                same = f", {row['differing']:.0f} numbers differ from those without it" if "differing" in row else ""
                 print(
                     f"{text:22} {variant:40} {row['ms']:9.2f} ms {stock / row['ms']:6.2f}x "
-                    f"host {row['host_ms']:6.2f} ms {sent}",
+                    f"host {row['host_ms']:6.2f} ms {sent}{same}",
                     flush=True,
                 )
     if speaks:
@@ -145,14 +172,21 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+def best_by_codec(times: dict[str, float]) -> dict[str, float]:
+    """The shortest of the variants' times by the end of a RESULT name, "" for those without a codec."""
+    best: dict[str, float] = {}
+    for name, time in times.items():
+        label = next((label for label, codec in CODECS.items() if codec in name), "")
+        best[label] = min(time, best.get(label, time))
+    return best
+
+
 def report(found: dict[str, dict[str, dict[str, float]]], options: argparse.Namespace) -> None:
-    """The RESULT lines: the best with stock's mathematics and the best with 8-bit codecs, of the last shape."""
+    """The RESULT lines: the best with stock's mathematics, the best with e4m7 and the best with 8-bit codecs."""
     for text, rows in found.items():
         shape = f"top{text.rsplit(',', 1)[1]}"
-        for label, coded in ((f"nccl_layer_speedup_{shape}", False), (f"nccl_layer_speedup_{shape}_8bit", True)):
-            times = [row["ms"] for name, row in rows.items() if name in VARIANTS and ("int8" in name) is coded]
-            if times:
-                print(f"RESULT {label}={rows[STOCK]['ms'] / min(times):.3f}")
+        for label, time in best_by_codec({name: row["ms"] for name, row in rows.items() if name in VARIANTS}).items():
+            print(f"RESULT nccl_layer_speedup_{shape}{label}={rows[STOCK]['ms'] / time:.3f}")
     if options.json is not None:
         options.json.write_text(json.dumps({"ranks": options.ranks, "hosts": options.hosts, "shapes": found}, indent=1))
 

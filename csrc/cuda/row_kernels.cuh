@@ -2,8 +2,7 @@
 //
 // A codec is a class with
 //   using Value (float, or unsigned integers that are only moved), kLaneValues, kUnroll, kWireBytes (what the address
-//   and the stride of wire rows must be multiples of for its wide accesses; others take a slower path), kWholeRows
-//   (whether one warp must work through a row's units from the first on), and
+//   and the stride of wire rows must be multiples of for its wide accesses; others take a slower path), and
 //   static void decode(const WireRow&, int64_t unit, Value (&values)[kLaneValues])
 //   static void encode(const WireRow&, int64_t unit, const Value (&values)[kLaneValues])
 // called by whole warps: lane l has the values from unit * 32 * kLaneValues + l * kLaneValues on, 0 beyond the row.

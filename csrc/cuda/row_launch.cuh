@@ -32,8 +32,8 @@ Grid make_grid(const RowArguments& rows, bool whole_rows) {
 }
 
 template <class Codec, class Row>
-cudaError_t launch(void (*fast)(Grid), void (*any)(Grid), const RowArguments& rows, bool whole_rows,
-                   cudaStream_t stream) {
+cudaError_t launch(void (*fast)(Grid), void (*any)(Grid), const RowArguments& rows, cudaStream_t stream,
+                   bool whole_rows = false) {
   if (rows.num_rows == 0 || rows.hidden == 0) return cudaSuccess;
   const auto grid = make_grid<Codec, Row>(rows, whole_rows);
   const int64_t blocks = (rows.num_rows * grid.parts + kWarpsPerBlock - 1) / kWarpsPerBlock;
@@ -46,43 +46,43 @@ cudaError_t launch(void (*fast)(Grid), void (*any)(Grid), const RowArguments& ro
 
 template <class Codec, class Row>
 cudaError_t launch_pack(const RowArguments& rows, cudaStream_t stream) {
-  return launch<Codec, Row>(pack_kernel<Codec, Row, true>, pack_kernel<Codec, Row, false>, rows, Codec::kWholeRows,
-                            stream);
+  return launch<Codec, Row>(pack_kernel<Codec, Row, true>, pack_kernel<Codec, Row, false>, rows, stream);
 }
 
 template <class Codec, class Row>
 cudaError_t launch_unpack(const RowArguments& rows, cudaStream_t stream) {
   return launch<Codec, Row>(unpack_kernel<Codec, Row, false, true>, unpack_kernel<Codec, Row, false, false>, rows,
-                            Codec::kWholeRows, stream);
+                            stream);
 }
 
 template <class Codec, class Row>
 cudaError_t launch_add(const RowArguments& rows, cudaStream_t stream) {
   return launch<Codec, Row>(unpack_kernel<Codec, Row, true, true>, unpack_kernel<Codec, Row, true, false>, rows,
-                            Codec::kWholeRows, stream);
+                            stream);
 }
 
 template <class Codec, class Row>
 cudaError_t launch_spread(const RowArguments& rows, cudaStream_t stream) {
   return rows.weight ? launch<Codec, Row>(spread_kernel<Codec, Row, true, true>, spread_kernel<Codec, Row, true, false>,
-                                          rows, Codec::kWholeRows, stream)
+                                          rows, stream)
                      : launch<Codec, Row>(spread_kernel<Codec, Row, false, true>,
-                                          spread_kernel<Codec, Row, false, false>, rows, Codec::kWholeRows, stream);
+                                          spread_kernel<Codec, Row, false, false>, rows, stream);
 }
 
 template <class Codec, class Row>
 cudaError_t launch_fold(const RowArguments& rows, cudaStream_t stream) {
-  return launch<Codec, Row>(fold_kernel<Codec, Row, true>, fold_kernel<Codec, Row, false>, rows, false, stream);
+  return launch<Codec, Row>(fold_kernel<Codec, Row, true>, fold_kernel<Codec, Row, false>, rows, stream);
 }
 
 template <class Codec, class Row>
 cudaError_t launch_dot(const RowArguments& rows, cudaStream_t stream) {
-  return launch<Codec, Row>(dot_kernel<Codec, Row, true>, dot_kernel<Codec, Row, false>, rows, true, stream);
+  return launch<Codec, Row>(dot_kernel<Codec, Row, true>, dot_kernel<Codec, Row, false>, rows, stream,
+                            /*whole_rows=*/true);
 }
 
 template <class Codec, class Row>
 cudaError_t launch_sum(const RowArguments& rows, cudaStream_t stream) {
-  return launch<Codec, Row>(sum_kernel<Codec, Row, true>, sum_kernel<Codec, Row, false>, rows, false, stream);
+  return launch<Codec, Row>(sum_kernel<Codec, Row, true>, sum_kernel<Codec, Row, false>, rows, stream);
 }
 
 template <class Row>

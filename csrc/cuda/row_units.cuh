@@ -12,7 +12,6 @@ struct WireRow {
   bool aligned;
   bool full;  // every lane has values in every unit
   int lane;
-  mutable int cursor = 0;  // of codecs that work through a row from its beginning
 
   // What columns are compared with: those of full rows always exist.
   __device__ __forceinline__ int64_t count() const { return full ? kAlways : hidden; }
@@ -51,8 +50,7 @@ struct Part {
 
 template <bool kFast>
 __device__ __forceinline__ WireRow wire_row(const Grid& grid, int64_t row, int lane) {
-  WireRow wire{grid.rows.wire + row * grid.rows.wire_stride, grid.rows.hidden, kFast || grid.wire_aligned, kFast, lane};
-  return wire;
+  return {grid.rows.wire + row * grid.rows.wire_stride, grid.rows.hidden, kFast || grid.wire_aligned, kFast, lane};
 }
 
 template <class Row>

@@ -11,7 +11,6 @@ struct Plain {
   static constexpr int kLaneValues = 16 / sizeof(Stored);
   static constexpr int kUnroll = 4;
   static constexpr int kWireBytes = 16;
-  static constexpr bool kWholeRows = false;
 
   static __device__ __forceinline__ void decode(const WireRow& wire, int64_t unit, Value (&values)[kLaneValues]) {
     load_values(reinterpret_cast<const Stored*>(wire.bytes), (unit * kWarp + wire.lane) * kLaneValues, wire.count(),

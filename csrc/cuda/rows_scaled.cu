@@ -121,7 +121,6 @@ struct Scaled {
   static constexpr int kLaneValues = 4;
   static constexpr int kUnroll = 4;
   static constexpr int kWireBytes = 4;
-  static constexpr bool kWholeRows = false;
 
   static __device__ __forceinline__ int64_t column(const WireRow& wire, int64_t unit) {
     return unit * kBlock + 4 * wire.lane;

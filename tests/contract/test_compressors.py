@@ -20,6 +20,7 @@ from planmoe_ds.backend import (
     unpack_add,
 )
 from tests.contract.plugins import plugged_in
+from tests.gpu.support import random_routes, spread_of
 
 ALL = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -40,11 +41,12 @@ class Promise:
 PROMISES = {
     "none": Promise(0.0, None),
     "bf16": Promise(0.0022, 16, (torch.float32, torch.bfloat16)),
+    "e4m7": Promise(0.0, 12.5, (torch.bfloat16,)),
     "fp8": Promise(0.03, 8.25),
     "hadamard_int8": Promise(0.009, 8.25),
     "int4": Promise(0.115, 4.125),
     "int8": Promise(0.008, 8.25),
-    "lossless": Promise(0.0, 12.2625, (torch.bfloat16,)),
+    "lossless": Promise(0.0, 12.5, (torch.bfloat16,)),
     "zfp": Promise(0.02, 8),
     "zfp:16": Promise(0.0001, 16),
     "python-bf16": Promise(0.004, 16),
@@ -282,9 +284,42 @@ def test_lossless_carries_every_bit_or_says_beforehand_that_it_cannot() -> None:
     assert codec.fits(scattered[:0])
 
 
+def test_e4m7_rounds_off_the_small_values_of_blocks_that_do_not_fit() -> None:
+    spread = torch.linspace(-30, 0, 64)[:, None] * torch.rand(64, 1000, generator=torch.Generator().manual_seed(2))
+    rows = (normal(64, 1000) * torch.exp2(spread)).bfloat16()  # from 30 exponents and more in a row to a normal one's
+    codec, lossless = make_compressor("e4m7"), make_compressor("lossless")
+    back, num_exact = round_trip("e4m7", rows), 0
+    for start in range(0, 1000, 128):
+        block, decoded = rows[:, start : start + 128], back[:, start : start + 128]
+        error, largest = (decoded.double() - block.double()).abs(), block.double().abs().amax(1, keepdim=True)
+        assert (error <= largest.log2().floor().exp2() * 2.0**-14).all()
+        fits = torch.tensor([lossless.fits(row[None].contiguous()) for row in block])
+        assert torch.equal(decoded[fits], block[fits])
+        assert not (decoded[~fits] == block[~fits]).all(1).any()
+        num_exact += int(fits.sum())
+    assert 100 < num_exact < 400
+    assert torch.equal(codec.encode(rows[-8:]), lossless.encode(rows[-8:]))
+    rows[0, 200] = math.inf
+    damaged = round_trip("e4m7", rows[:1])[0]
+    assert damaged[128:256].isnan().all()
+    assert torch.equal(damaged[256:], back[0, 256:])
+
+
+@pytest.mark.parametrize("name", ["e4m7", "none"])
+def test_sums_are_rounded_to_bfloat16_before_they_are_encoded(name: str) -> None:
+    codec, values = make_compressor(name), normal(96, 300, torch.bfloat16)
+    spread = spread_of(random_routes(32, 3, 3, drop=0.0), 3, [32], "cpu")
+    wire = torch.zeros(32, codec.row_bytes(300, torch.bfloat16), dtype=torch.uint8)
+    fold_rows(codec, values, spread, True, wire)
+    out = torch.empty(32, 300, dtype=torch.bfloat16)
+    codec.decode(wire, out)
+    first, second, third = (values.float()[spread.target] * spread.weight[:, None]).view(32, 3, 300).unbind(1)
+    assert torch.equal(out, (first + second + third).bfloat16())
+
+
 def test_unknown_name_lists_the_known_ones() -> None:
     known = ", ".join(compressor_names())
-    assert known.startswith("bf16, fp8, ")
+    assert known.startswith("bf16, e4m7, fp8, ")
     for name in ("int9", "int9:4"):
         with pytest.raises(ValueError, match=f"unknown compressor 'int9'; known: {known}"):
             make_compressor(name)

@@ -27,6 +27,7 @@ def test_every_codec_ends_at_none() -> None:
             "zfp",
             "zfp:4",
             "zfp:20",
+            "e4m7",
             "lossless",
             "plugged-in",
         ):
@@ -154,6 +155,33 @@ def test_lossless_is_exact_and_raw_where_one_rank_must(ranks: RankPool, exactnes
         assert found[0][1] > 0  # fewer bytes
         assert found[1][1] == 0  # all ranks send raw rows, though only rank 1 has to
         assert found[2][1] > 0
+
+
+def beside_none(compression: object, comm: str, chunks: int) -> tuple[list[bool], float]:
+    """Whether output and gradients are those of "none", bit for bit; the share of its bytes that travel."""
+    rank, found, sent = dist.get_rank(), [], []
+    for codecs in ("none", compression):
+        torch.manual_seed(rank)
+        settings = {"compression": codecs, "comm": comm, "chunks": chunks, "ranks_per_node": 2}
+        layer = make_layer(settings)
+        experts = [torch.nn.Linear(HIDDEN, HIDDEN).bfloat16() for _ in range(2)]
+        tokens = torch.randn(TOKENS, HIDDEN).bfloat16().requires_grad_()
+        weight_KT = torch.rand(2, TOKENS).requires_grad_()
+        expert_KT = torch.rand(TOKENS, 8).topk(2, dim=1).indices.t().contiguous()
+        output = run_layer(layer, tokens, routes_of(expert_KT, 8, weight_KT), experts)
+        output.backward(torch.randn(TOKENS, HIDDEN).bfloat16())
+        parameters = [parameter.grad for expert in experts for parameter in expert.parameters()]
+        found.append([output.detach(), tokens.grad, weight_KT.grad, *parameters])
+        sent.append(layer.recorder.take().bytes_sent)
+    return [torch.equal(*pair) for pair in zip(*found, strict=True)], sent[1] / sent[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("comm", "chunks"), [("direct", 1), ("dedup", 2), ("hierarchical", 1)])
+def test_e4m7_in_all_directions_changes_no_bit_of_rows_that_fit(ranks: RankPool, comm: str, chunks: int) -> None:
+    for same, share in ranks.run(4, beside_none, "e4m7", comm, chunks):
+        assert all(same)
+        assert share < 0.85  # of it, rows are 0.78, columns stay as they are
 
 
 def count_far_rows() -> tuple[int, int]:
