@@ -1,7 +1,8 @@
 // e4m7 and lossless: bfloat16 rows with four bits for most exponents. Wire format: csrc/compressor/e4m7.cpp; bytes are the
 // same as there.
 //
-// A block that lossless cannot carry (ask check_lossless before) comes back as NaN.
+// A block that lossless cannot carry (ask check_lossless before) comes back as NaN. Half a warp works on a block, eight
+// values per lane as `none` has for bfloat16: dot products add in the same order, and rows that fit give the same bits.
 #include "row_launch.cuh"
 
 namespace planmoe::cuda {
@@ -9,7 +10,7 @@ namespace {
 
 constexpr int64_t kBlock = 128, kHead = 8;
 constexpr unsigned kWindow = 14, kZero = 14, kEscape = 15, kNotFinite = 255;
-constexpr int kPool = 7;
+constexpr int kPool = 7, kLaneValues = 8, kHalf = kWarp / 2;
 
 // Of bfloat16, to nearest even; a NaN stays one.
 __device__ __forceinline__ unsigned half_of(float value) {
@@ -17,94 +18,101 @@ __device__ __forceinline__ unsigned half_of(float value) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits >> 16 | 0x40u : (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
 }
 
-// How many of the warp's codes are escapes, and how many of those come before this lane's.
+// Lanes of this lane's half for which `condition` holds, as bits.
+__device__ __forceinline__ unsigned vote(bool condition, int lane) {
+  return __ballot_sync(kAllLanes, condition) >> (lane & kHalf) & 0xFFFFu;
+}
+
+__device__ __forceinline__ unsigned half_max(unsigned value) {
+#pragma unroll
+  for (int step = kHalf / 2; step > 0; step /= 2) value = max(value, __shfl_xor_sync(kAllLanes, value, step));
+  return value;
+}
+
+// How many of the block's codes are escapes, and how many of those come before this lane's.
 struct Escapes {
   int all = 0;
   int before = 0;
 
-  __device__ __forceinline__ Escapes(const unsigned (&codes)[4], int lane) {
+  __device__ __forceinline__ Escapes(const unsigned (&codes)[kLaneValues], int lane) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned escaped = __ballot_sync(kAllLanes, codes[i] == kEscape);
+    for (int i = 0; i < kLaneValues; ++i) {
+      const unsigned escaped = vote(codes[i] == kEscape, lane);
       all += __popc(escaped);
-      before += __popc(escaped & ((1u << lane) - 1));
+      before += __popc(escaped & ((1u << lane % kHalf) - 1));
     }
   }
 };
 
-// A block as lanes hold it, four values each; those beyond the row are 0.
-struct Block {
-  unsigned rest[4];  // sign and fraction
-  unsigned exponents[4];
-  unsigned codes[4];
+// A lane's part of a block; values beyond the row are 0.
+struct LanePart {
+  unsigned rest[kLaneValues];  // sign and fraction
+  unsigned exponents[kLaneValues];
+  unsigned codes[kLaneValues];
   unsigned base;
+  bool fits;
 
-  __device__ __forceinline__ explicit Block(const float (&values)[4]) {
+  // Finds the base and the codes.
+  __device__ __forceinline__ LanePart(const float (&values)[kLaneValues], int lane) {
+    unsigned largest = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kLaneValues; ++i) {
       const unsigned half = half_of(values[i]);
       exponents[i] = half >> 7 & 0xFF;
       rest[i] = (half >> 8 & 0x80) | (half & 0x7F);
+      largest = max(largest, exponents[i] == kNotFinite ? 0u : exponents[i]);
     }
+    base = half_max(largest);
+    fits = encode_with_base(lane);
+    if (__all_sync(kAllLanes, fits)) return;
+    const unsigned best = best_base(lane);
+    base = fits ? base : best;
+    fits = encode_with_base(lane);
   }
 
-  __device__ __forceinline__ Escapes encode_with(unsigned new_base, int lane) {
-    base = new_base;
+  __device__ __forceinline__ bool encode_with_base(int lane) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kLaneValues; ++i) {
       const unsigned offset = base - exponents[i];  // far beyond the window where negative
       codes[i] = exponents[i] == 0 ? kZero : offset < kWindow ? offset : kEscape;
     }
-    return {codes, lane};
-  }
-
-  // The escapes; more than kPool: the block does not fit.
-  __device__ __forceinline__ Escapes encode(int lane) {
-    unsigned largest = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) largest = max(largest, exponents[i] == kNotFinite ? 0u : exponents[i]);
-    const auto escapes = encode_with(warp_max(largest), lane);
-    return escapes.all > kPool ? encode_with(best_base(), lane) : escapes;  // the same for all lanes, and rare
+    return Escapes(codes, lane).all <= kPool;
   }
 
   // The base with the fewest escapes, the largest of these: its window ends at an exponent that occurs, or at 255.
-  __device__ unsigned best_base() const {
+  __device__ unsigned best_base(int lane) const {
     int most = -1;
     unsigned best = 0;
-    for (int candidate = 0; candidate < kBlock; ++candidate) {
-      const int source = candidate / 4;
-      unsigned lowest = 0;
+    for (int source = 0; source < kHalf; ++source) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const unsigned of_source = __shfl_sync(kAllLanes, exponents[i], source);
-        lowest = candidate % 4 == i ? of_source : lowest;
-      }
-      if (lowest == 0) continue;  // the same for all lanes
-      const unsigned tried = min(lowest + kWindow - 1, 255u);
-      int inside = 0;
+      for (int i = 0; i < kLaneValues; ++i) {
+        const unsigned lowest = __shfl_sync(kAllLanes, exponents[i], (lane & kHalf) + source);
+        const unsigned tried = min(lowest + kWindow - 1, 255u);
+        int inside = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        inside += __popc(__ballot_sync(kAllLanes, exponents[i] != 0 && tried - exponents[i] < kWindow));
-      if (inside > most || (inside == most && tried > best)) {
-        most = inside;
-        best = tried;
+        for (int j = 0; j < kLaneValues; ++j)
+          inside += __popc(vote(exponents[j] != 0 && tried - exponents[j] < kWindow, lane));
+        if (lowest != 0 && (inside > most || (inside == most && tried > best))) {
+          most = inside;
+          best = tried;
+        }
       }
     }
     return best;
   }
 
-  // Without escapes: see csrc/compressor/e4m7.cpp.
+  // Without escapes, where the block does not fit: see csrc/compressor/e4m7.cpp.
   __device__ void round_off(bool refuse) {
     unsigned largest = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) largest = max(largest, exponents[i]);
-    largest = warp_max(largest);
-    if (refuse) largest = kNotFinite;
-    base = largest;
+    for (int i = 0; i < kLaneValues; ++i) largest = max(largest, exponents[i]);
+    largest = half_max(largest);
+    if (fits) return;
+    base = refuse ? kNotFinite : largest;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned offset = largest - exponents[i];
-      if (largest == kNotFinite) {
+    for (int i = 0; i < kLaneValues; ++i) {
+      const unsigned offset = base - exponents[i];
+      if (base == kNotFinite) {
         codes[i] = 0;
         rest[i] = 0x7F;
       } else if (exponents[i] == 0) {
@@ -119,121 +127,135 @@ struct Block {
   }
 };
 
+// Bytes of eight numbers below 256.
+__device__ __forceinline__ uint64_t to_bytes(const unsigned (&numbers)[kLaneValues]) {
+  uint64_t bytes = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneValues; ++i) bytes |= static_cast<uint64_t>(numbers[i]) << (8 * i);
+  return bytes;
+}
+
+// Where a lane's block is on the wire.
+struct Place {
+  uint8_t* rest;    // of the lane's values
+  uint8_t* packed;  // codes of the block
+  uint8_t* head;
+  int count;  // values of the block, 0 beyond the row
+  int first;  // the lane's first value
+
+  __device__ __forceinline__ Place(const WireRow& wire, int64_t unit) {
+    const int64_t block = 2 * unit + wire.lane / kHalf;
+    first = kLaneValues * (wire.lane % kHalf);
+    rest = wire.bytes + kBlock * block + first;
+    packed = wire.bytes + wire.hidden + kBlock / 2 * block;
+    head = wire.bytes + wire.hidden + (wire.hidden + 1) / 2 + kHead * block;
+    count = wire.full ? kBlock : static_cast<int>(max(int64_t{0}, min(kBlock, wire.hidden - kBlock * block)));
+  }
+};
+
 template <bool kRefuse>
 struct E4M7 {
   using Value = float;
-  static constexpr int kLaneValues = 4;
-  static constexpr int kUnroll = 4;
+  static constexpr int kLaneValues = planmoe::cuda::kLaneValues;
+  static constexpr int kUnroll = 2;
   static constexpr int kWireBytes = 8;
 
-  static __device__ __forceinline__ void encode(const WireRow& wire, int64_t unit, const float (&values)[4]) {
-    const auto count = count_of(wire, unit);
-    Block block(values);
-    auto escapes = block.encode(wire.lane);
-    if (escapes.all > kPool) {  // the same for all lanes, and rare
-      block.round_off(kRefuse);
-      escapes.all = 0;
-    }
-    store_rest(wire, unit, count, block.rest);
-    store_codes(wire, codes_at(wire, unit), count, block.codes);
-    uint8_t* head = head_at(wire, unit);
-    if (wire.lane == 0) store_bytes(head, wire.full && wire.aligned, uint64_t{block.base});
-    if (escapes.all == 0) return;
+  static __device__ __forceinline__ void encode(const WireRow& wire, int64_t unit, const float (&values)[kLaneValues]) {
+    const Place at(wire, unit);
+    LanePart part(values, wire.lane);
+    if (!__all_sync(kAllLanes, part.fits)) part.round_off(kRefuse);
+    store_rest(wire, at, part.rest);
+    store_codes(wire, at, part.codes);
+    const bool aligned = wire.full && wire.aligned;
+    if (wire.lane % kHalf == 0 && at.count > 0) store_bytes(at.head, aligned, uint64_t{part.base});
+    const Escapes escapes(part.codes, wire.lane);
+    if (__all_sync(kAllLanes, escapes.all == 0)) return;
     __syncwarp();  // after the zeros of the pool
     int place = escapes.before;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (block.codes[i] == kEscape) head[1 + place++] = static_cast<uint8_t>(block.exponents[i]);
+    for (int i = 0; i < kLaneValues; ++i)
+      if (part.codes[i] == kEscape) at.head[1 + place++] = static_cast<uint8_t>(part.exponents[i]);
   }
 
-  static __device__ __forceinline__ void decode(const WireRow& wire, int64_t unit, float (&values)[4]) {
-    const auto count = count_of(wire, unit);
-    const auto head = load_bytes<uint64_t>(head_at(wire, unit), wire.full && wire.aligned);
-    unsigned codes[4];
-    load_codes(wire, codes_at(wire, unit), count, codes);
+  static __device__ __forceinline__ void decode(const WireRow& wire, int64_t unit, float (&values)[kLaneValues]) {
+    const Place at(wire, unit);
+    const auto head = at.count > 0 ? load_bytes<uint64_t>(at.head, wire.full && wire.aligned) : uint64_t{0};
+    unsigned codes[kLaneValues];
+    load_codes(wire, at, codes);
     const Escapes escapes(codes, wire.lane);
     const bool valid = escapes.all <= kPool;
     const unsigned base = head & 0xFF;
     uint64_t pool = head >> 8 >> (8 * min(escapes.before, kPool - 1));
-    const uint8_t* rest = wire.bytes + kBlock * unit + 4 * wire.lane;
-    const unsigned word = wire.full ? load_bytes<unsigned>(rest, wire.aligned) : 0;
+    uint64_t rest = 0;
+    if (wire.full) {
+      rest = load_bytes<uint64_t>(at.rest, wire.aligned);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      unsigned exponent = codes[i] == kZero ? 0 : (base - codes[i]) & 0xFF;
+      for (int i = 0; i < kLaneValues; ++i)
+        if (at.first + i < at.count) rest |= static_cast<uint64_t>(at.rest[i]) << (8 * i);
+    }
+#pragma unroll
+    for (int i = 0; i < kLaneValues; ++i) {
       const bool escaped = codes[i] == kEscape;
+      unsigned exponent = codes[i] == kZero ? 0 : (base - codes[i]) & 0xFF;
       exponent = escaped ? static_cast<unsigned>(pool & 0xFF) : exponent;
       pool = escaped ? pool >> 8 : pool;
-      unsigned bits = word >> (8 * i) & 0xFF;
-      if (!wire.full) bits = 4 * wire.lane + i < count ? rest[i] : 0;
+      const unsigned bits = static_cast<unsigned>(rest >> (8 * i)) & 0xFF;
       const float value = __uint_as_float((bits & 0x80) << 24 | exponent << 23 | (bits & 0x7F) << 16);
       values[i] = valid ? value : __uint_as_float(0x7FC00000u);
     }
   }
 
  private:
-  static __device__ __forceinline__ int64_t count_of(const WireRow& wire, int64_t unit) {
-    return wire.full ? kBlock : min(kBlock, wire.hidden - unit * kBlock);
-  }
-  static __device__ __forceinline__ uint8_t* codes_at(const WireRow& wire, int64_t unit) {
-    return wire.bytes + wire.hidden + kBlock / 2 * unit;
-  }
-  static __device__ __forceinline__ uint8_t* head_at(const WireRow& wire, int64_t unit) {
-    return wire.bytes + wire.hidden + (wire.hidden + 1) / 2 + kHead * unit;
-  }
-
   // The code of value `place` of the block, of any lane.
-  static __device__ __forceinline__ unsigned code_at(const unsigned (&codes)[4], int place) {
+  static __device__ __forceinline__ unsigned code_at(const unsigned (&codes)[kLaneValues], int place, int lane) {
     unsigned code = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned of_lane = __shfl_sync(kAllLanes, codes[i], place / 4 % kWarp);
-      code = place % 4 == i ? of_lane : code;
+    for (int i = 0; i < kLaneValues; ++i) {
+      const unsigned of_lane = __shfl_sync(kAllLanes, codes[i], (lane & kHalf) + place / kLaneValues % kHalf);
+      code = place % kLaneValues == i ? of_lane : code;
     }
     return code;
   }
 
-  static __device__ __forceinline__ void store_rest(const WireRow& wire, int64_t unit, int64_t count,
-                                                    const unsigned (&rest)[4]) {
-    uint8_t* to = wire.bytes + kBlock * unit + 4 * wire.lane;
-    if (wire.full) return store_bytes(to, wire.aligned, rest[0] | rest[1] << 8 | rest[2] << 16 | rest[3] << 24);
+  static __device__ __forceinline__ void store_rest(const WireRow& wire, const Place& at,
+                                                    const unsigned (&rest)[kLaneValues]) {
+    if (wire.full) return store_bytes(at.rest, wire.aligned, to_bytes(rest));
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (4 * wire.lane + i < count) to[i] = static_cast<uint8_t>(rest[i]);
+    for (int i = 0; i < kLaneValues; ++i)
+      if (at.first + i < at.count) at.rest[i] = static_cast<uint8_t>(rest[i]);
   }
 
-  static __device__ __forceinline__ void store_codes(const WireRow& wire, uint8_t* packed, int64_t count,
-                                                     const unsigned (&codes)[4]) {
+  static __device__ __forceinline__ void store_codes(const WireRow& wire, const Place& at,
+                                                     const unsigned (&codes)[kLaneValues]) {
     if (wire.full) {
-      unsigned word = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) word |= codes[i] << (8 * i);
-      word |= __shfl_down_sync(kAllLanes, word, 16) << 4;
-      if (wire.lane < 16) store_bytes(packed + 4 * wire.lane, wire.aligned, word);
+      uint64_t bytes = to_bytes(codes);
+      bytes |= __shfl_down_sync(kAllLanes, bytes, kHalf / 2) << 4;
+      if (wire.lane % kHalf < kHalf / 2) store_bytes(at.packed + at.first, wire.aligned, bytes);
       return;
     }
-    const int half = static_cast<int>((count + 1) / 2);
-#pragma unroll
-    for (int first = 0; first < kBlock / 2; first += kWarp) {
-      const int place = first + wire.lane;
-      const unsigned low = code_at(codes, place), high = code_at(codes, place + half);
-      if (place < half) packed[place] = static_cast<uint8_t>(low | (place + half < count ? high << 4 : 0));
+    const int half = (at.count + 1) / 2;
+    for (int place = wire.lane % kHalf; place < kBlock / 2; place += kHalf) {
+      const unsigned low = code_at(codes, place, wire.lane), high = code_at(codes, place + half, wire.lane);
+      if (place < half) at.packed[place] = static_cast<uint8_t>(low | (place + half < at.count ? high << 4 : 0));
     }
   }
 
-  static __device__ __forceinline__ void load_codes(const WireRow& wire, const uint8_t* packed, int64_t count,
-                                                    unsigned (&codes)[4]) {
+  static __device__ __forceinline__ void load_codes(const WireRow& wire, const Place& at,
+                                                    unsigned (&codes)[kLaneValues]) {
     if (wire.full) {
-      const unsigned word = load_bytes<unsigned>(packed + 4 * (wire.lane % 16), wire.aligned);
+      const bool low = wire.lane % kHalf < kHalf / 2;
+      const auto bytes = load_bytes<uint64_t>(at.packed + at.first % (kBlock / 2), wire.aligned) >> (low ? 0 : 4);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) codes[i] = word >> (8 * i + (wire.lane < 16 ? 0 : 4)) & 15;
+      for (int i = 0; i < kLaneValues; ++i) codes[i] = static_cast<unsigned>(bytes >> (8 * i)) & 15;
       return;
     }
-    const int64_t half = (count + 1) / 2;
+    const int half = (at.count + 1) / 2;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t place = 4 * wire.lane + i;
+    for (int i = 0; i < kLaneValues; ++i) {
+      const int place = at.first + i;
       codes[i] = kZero;
-      if (place < count) codes[i] = place < half ? packed[place] & 15 : packed[place - half] >> 4;
+      if (place < at.count) codes[i] = place < half ? at.packed[place] & 15 : at.packed[place - half] >> 4;
     }
   }
 };
@@ -243,11 +265,11 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp) check_kernel(const RowA
   if (row >= rows.num_rows) return;
   const int lane = static_cast<int>(threadIdx.x % kWarp);
   const auto* values = static_cast<const __nv_bfloat16*>(rows.rows) + row * rows.hidden;
-  const bool aligned = (reinterpret_cast<uintptr_t>(rows.rows) | rows.hidden * 2) % 8 == 0;
-  for (int64_t start = 0; start < rows.hidden; start += kBlock) {
-    float some[4];
-    load_values(values, start + 4 * lane, rows.hidden, aligned, some);
-    if (Block(some).encode(lane).all > kPool && lane == 0) *rows.refused = 1;
+  const bool aligned = (reinterpret_cast<uintptr_t>(rows.rows) | rows.hidden * 2) % 16 == 0;
+  for (int64_t start = 0; start < rows.hidden; start += kLaneValues * kWarp) {
+    float some[kLaneValues];
+    load_values(values, start + kLaneValues * lane, rows.hidden, aligned, some);
+    if (!LanePart(some, lane).fits) *rows.refused = 1;
   }
 }
 
