@@ -113,10 +113,15 @@ def measure(
 
 
 def count_differences(found: list[torch.Tensor], others: list[torch.Tensor]) -> float:
-    """Numbers that differ, on all ranks."""
-    count = torch.stack([(one != other).sum() for one, other in zip(found, others, strict=True)]).sum()
-    dist.all_reduce(count)
-    return float(count)
+    """Numbers whose bits differ, on all ranks."""
+    bits = {2: torch.int16, 4: torch.int32}
+    count = sum(
+        int((one.cpu().view(bits[one.element_size()]) != other.view(bits[one.element_size()])).sum())
+        for one, other in zip(found, others, strict=True)
+    )
+    total = torch.tensor(count, device="cuda")
+    dist.all_reduce(total)
+    return float(total)
 
 
 def main() -> None:
@@ -139,7 +144,9 @@ def main() -> None:
 
     deepspeed.init_distributed("nccl")
     shapes, rounds = (["512,256,512,8,2"], 2) if options.quick else (options.shapes, options.rounds)
-    chosen = [name for name in VARIANTS if any(word in name for word in options.only.split("/"))]
+    wanted = {name for name in VARIANTS if any(word in name for word in options.only.split("/"))}
+    wanted |= {SAME_BITS[name] for name in wanted if name in SAME_BITS}
+    chosen = [name for name in VARIANTS if name in wanted]
     found: dict[str, dict[str, dict[str, float]]] = {}
     speaks = dist.get_rank() == 0
     if speaks:
@@ -148,13 +155,13 @@ def main() -> None:
     for text in shapes:
         shape = [int(number) for number in text.split(",")]
         rows = found[text] = {}
-        kept: dict[str, list[torch.Tensor]] = {}
+        kept: dict[str, list[torch.Tensor]] = {}  # on the CPU, so that peaks of memory stay comparable
         for variant in (STOCK, BOUND, *chosen):
             torch.cuda.reset_peak_memory_stats()
             rows[variant], results = measure(shape, variant, options.hosts, rounds, device)
             if variant in SAME_BITS.values():
-                kept[variant] = results
-            if SAME_BITS.get(variant) in kept:
+                kept[variant] = [values.cpu() for values in results]
+            if variant in SAME_BITS:
                 rows[variant]["differing"] = count_differences(results, kept[SAME_BITS[variant]])
             del results
             forget_deepspeed_groups()

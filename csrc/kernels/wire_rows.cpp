@@ -222,8 +222,12 @@ void fold_rows(const AbstractCompressor& codec, const at::Tensor& rows, const Sp
     const auto* values = rows.const_data_ptr<scalar_t>();
     const RowCoder<scalar_t> coder(codec, hidden);
     for_each_row(wire.size(0), hidden, [&](int64_t i) {
-      if (codec.is_identity() && !weighted && start[i + 1] - start[i] == 1) {
-        std::memcpy(bytes + i * stride, values + target[start[i]] * hidden, hidden * sizeof(scalar_t));
+      if (!weighted && start[i + 1] - start[i] == 1) {  // the row itself, -0 among its values
+        const scalar_t* row = values + target[start[i]] * hidden;
+        if (codec.is_identity())
+          std::memcpy(bytes + i * stride, row, hidden * sizeof(scalar_t));
+        else
+          coder.encode_from(row, bytes + i * stride);
         return;
       }
       auto* sum = scratch<wide_t>(hidden);

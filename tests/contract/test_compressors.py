@@ -305,6 +305,16 @@ def test_e4m7_rounds_off_the_small_values_of_blocks_that_do_not_fit() -> None:
     assert torch.equal(damaged[256:], back[0, 256:])
 
 
+def test_sums_of_one_row_are_the_row() -> None:
+    values = normal(40, 300, torch.bfloat16).where(torch.arange(300) % 3 > 0, -0.0)
+    spread = spread_of(torch.arange(40)[:, None] % 4, 4, [40], "cpu")
+    for name in ("e4m7", "lossless", "none"):
+        codec = make_compressor(name)
+        wire = torch.zeros(40, codec.row_bytes(300, torch.bfloat16), dtype=torch.uint8)
+        fold_rows(codec, values, spread, False, wire)
+        assert torch.equal(wire, codec.encode(values, spread.target))
+
+
 @pytest.mark.parametrize("name", ["e4m7", "none"])
 def test_sums_are_rounded_to_bfloat16_before_they_are_encoded(name: str) -> None:
     codec, values = make_compressor(name), normal(96, 300, torch.bfloat16)

@@ -37,7 +37,7 @@ def test_every_codec_ends_at_none() -> None:
             assert len(ladder) <= 4
     assert finer("zfp:4", torch.float32) == "zfp:16"
     assert finer("hadamard_int8", torch.float32) == "bf16"
-    assert finer("hadamard_int8", torch.bfloat16) == "none"
+    assert finer("hadamard_int8", torch.bfloat16) == finer("e4m7", torch.bfloat16) == "none"
 
 
 def test_meter_against_the_definition() -> None:
@@ -173,15 +173,21 @@ def beside_none(compression: object, comm: str, chunks: int) -> tuple[list[bool]
         parameters = [parameter.grad for expert in experts for parameter in expert.parameters()]
         found.append([output.detach(), tokens.grad, weight_KT.grad, *parameters])
         sent.append(layer.recorder.take().bytes_sent)
-    return [torch.equal(*pair) for pair in zip(*found, strict=True)], sent[1] / sent[0]
+    same = [
+        torch.equal(one, other) and torch.equal(one.signbit(), other.signbit())
+        for one, other in zip(*found, strict=True)
+    ]
+    return same, sent[1] / sent[0]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("comm", "chunks"), [("direct", 1), ("dedup", 2), ("hierarchical", 1)])
-def test_e4m7_in_all_directions_changes_no_bit_of_rows_that_fit(ranks: RankPool, comm: str, chunks: int) -> None:
+@pytest.mark.parametrize(("comm", "chunks", "most"), [("direct", 1, 0.8), ("dedup", 2, 0.82), ("hierarchical", 1, 0.8)])
+def test_e4m7_in_all_directions_changes_no_bit_of_rows_that_fit(
+    ranks: RankPool, comm: str, chunks: int, most: float
+) -> None:
     for same, share in ranks.run(4, beside_none, "e4m7", comm, chunks):
         assert all(same)
-        assert share < 0.85  # of it, rows are 0.78, columns stay as they are
+        assert share < most  # rows are 0.78; columns stay as they are, and dedup's parts of sums inside a node
 
 
 def count_far_rows() -> tuple[int, int]:

@@ -177,6 +177,36 @@ def test_bfloat16s_with_short_exponents_are_the_cpus(name: str, hidden: int, ext
     assert same_bits(buffer.cpu()[plan.target.cpu()], back[index][plan.source.cpu()])
 
 
+@sizes
+def test_e4m7_gives_the_bits_of_none(hidden: int) -> None:
+    rows, values = (normal(50, hidden, torch.bfloat16, seed).cuda() for seed in (0, 3))
+    plan = spread_of(random_routes(50, 3, 8), 4, [20, 0, 30], "cuda")
+    values = values[torch.randint(0, 50, (plan.target.numel(),), generator=torch.Generator().manual_seed(4))]
+    found = []
+    for name in ("e4m7", "none"):
+        codec = make_compressor(name)
+        folded = torch.zeros(50, codec.row_bytes(hidden, torch.bfloat16), dtype=torch.uint8, device="cuda")
+        fold_rows(codec, values, plan, True, folded)
+        sums = torch.zeros_like(rows)
+        codec.decode(folded, sums)
+        found.append([sums, dot_rows(codec, codec.encode(rows), plan, values, 3)])
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("hidden", [100, 128, 1000, 2048])
+def test_wires_with_more_exponents_than_they_carry_become_nan(hidden: int) -> None:
+    codec = make_compressor("e4m7")
+    wire = codec.encode(normal(3, hidden, torch.bfloat16))
+    wire[1, hidden : hidden + (hidden + 1) // 2] = 0xFF  # codes
+    with pytest.raises(ValueError, match="corrupt"):
+        codec.decode(wire, torch.zeros(3, hidden, dtype=torch.bfloat16))
+    out = torch.zeros(3, hidden, dtype=torch.bfloat16, device="cuda")
+    codec.decode(wire.cuda(), out)
+    assert out.isnan().all(1).tolist() == [False, True, False]
+    assert out[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("hidden", [128, 200, 8192])
 def test_lossless_rows_that_cannot_be_carried_are_not_finite(hidden: int) -> None:
     bits = torch.randint(-(1 << 15), 1 << 15, (40, hidden), generator=torch.Generator().manual_seed(1))
