@@ -190,6 +190,26 @@ def test_e4m7_in_all_directions_changes_no_bit_of_rows_that_fit(
         assert share < most  # rows are 0.78; columns stay as they are, and dedup's parts of sums inside a node
 
 
+def leave_e4m7(wild_step: int) -> list[tuple[int, str, str | None]]:
+    """Steps, directions and retreats that the guard tells; in one step rank 1's tokens do not fit."""
+    guard = {"interval": 1, "max_error": 1e-30}
+    layer = make_layer({"compression": "e4m7", "guard": guard, "chunks": 1})
+    for step in range(4):
+        spread = -60 * torch.rand(TOKENS, HIDDEN) if step == wild_step and dist.get_rank() == 1 else torch.zeros(1)
+        tokens = (torch.randn(TOKENS, HIDDEN) * torch.exp2(spread)).bfloat16().requires_grad_()
+        expert_KT = torch.randint(0, 2, (1, TOKENS))
+        run_layer(layer, tokens, routes_of(expert_KT, 2), [torch.nn.Identity()]).sum().backward()
+    return [(found.step, found.direction, found.retreat) for found in layer.recorder.take_qualities()]
+
+
+@pytest.mark.distributed
+def test_a_guard_of_hardly_any_error_leaves_e4m7_when_it_rounds(ranks: RankPool) -> None:
+    assert ranks.run(2, leave_e4m7, 9) == [[], []]
+    for found in ranks.run(2, leave_e4m7, 1):
+        assert found[0] == (1, "dispatch", "none")
+        assert all(retreat == "none" for _, _, retreat in found)
+
+
 def count_far_rows() -> tuple[int, int]:
     from planmoe_ds import register_compressor
     from tests.contract.plugins import PythonBfloat16, plugged_in
