@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,3 +62,16 @@ def test_training_with_a_guard_that_retreats(ranks: RankPool) -> None:
 def test_training_with_codecs(ranks: RankPool, section: dict[str, Any]) -> None:
     for stock, lossy, _ in ranks.run(2, train_both, section, timeout=120):
         assert lossy == pytest.approx(stock, rel=0.03)
+
+
+def train_in_bfloat16(compression: str) -> dict[str, torch.Tensor]:
+    case = replace(CASE, config={"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}})
+    section = {"compression": compression, "comm": "dedup", "chunks": 2, "ranks_per_node": 1}
+    return train_engine(make_engine(case, section), case, case.steps)
+
+
+def test_e4m7_trains_as_no_codec_does(ranks: RankPool) -> None:
+    with_codec, without = (ranks.run(2, train_in_bfloat16, name, timeout=120) for name in ("e4m7", "none"))
+    for found, expected in zip(with_codec, without, strict=True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
