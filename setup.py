@@ -29,7 +29,7 @@ STANDARD = "-std=c++20"  # said here, because older releases of torch ask for an
 HOST_FLAGS = [
     STANDARD,
     "-O3",
-    "-g0",  # Python's own flags ask for debug information, which takes a third of the compiler's time
+    "-g0",  # Python's own flags ask for debug information, which takes nearly half of the compiler's time
     "-fvisibility=hidden",
     "-Wall",
     "-fno-math-errno",

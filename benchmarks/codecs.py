@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks._example import join_ranks, make_engine, run_as_ranks, take_step  # noqa: E402
 
 CODECS = ("bf16", "int8", "hadamard_int8", "fp8", "int4", "zfp:4", "zfp:8", "zfp:16", "e4m7", "lossless")
-OF_BFLOAT16 = ("e4m7", "lossless")  # take no other rows
+OF_BFLOAT16 = ("e4m7", "lossless")  # those that take no other rows
 HIDDEN = 4096
 CLUSTER = "2x1@400mbit/2gbit"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks._layer_cases import SHAPES, Shape, copy_rate, median_ms, routing
+from benchmarks.codecs import OF_BFLOAT16
 from planmoe_ds.backend import (
     RowRoutes,
     Spread,
@@ -52,7 +53,6 @@ def find_spread(shape: Shape, expert_KT: torch.Tensor, weight_KT: torch.Tensor) 
 
 
 CALLS = 10  # in a row, so that the host's part of a call does not count
-OF_BFLOAT16 = ("e4m7", "lossless")  # codecs that take no other rows
 ALIGNED = 16  # wire rows start at multiples of it, as in the engine
 PEERS = ("permute_torch_index_select", "permute_megatron", "combine_torch_index_add", "combine_megatron")
 
