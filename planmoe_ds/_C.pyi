@@ -313,6 +313,34 @@ def pack_columns(columns: list[tuple[torch.Tensor, int]], width: int) -> torch.T
 def fold_rows(codec: Compressor, rows: torch.Tensor, spread: Spread, weighted: bool, wire: torch.Tensor) -> None: ...
 def dot_rows(codec: Compressor, wire: torch.Tensor, spread: Spread, rows: torch.Tensor, top_k: int) -> torch.Tensor: ...
 
+class GateDecision:
+    """See csrc/kernels/gate.h for shapes and dtypes."""
+
+    balance_loss: torch.Tensor
+    expert: torch.Tensor
+    slot: torch.Tensor
+    weight: torch.Tensor
+    counts: torch.Tensor
+    probs: torch.Tensor
+    total: torch.Tensor
+    share: torch.Tensor
+
+def decide_gate(
+    logits: torch.Tensor, *, top_k: int, capacity: int, samples: bool, drops_at_random: bool
+) -> GateDecision: ...
+def gate_gradient(
+    expert: torch.Tensor,
+    weight: torch.Tensor,
+    probs: torch.Tensor,
+    total: torch.Tensor,
+    share: torch.Tensor,
+    weight_grad: torch.Tensor,
+    loss_grad: torch.Tensor,
+) -> torch.Tensor:
+    """The logits' gradient, float32 [T, E]."""
+
+def gate_runs_on(tensor: torch.Tensor) -> bool: ...
+
 class ScheduleTask:
     """See csrc/scheduler/problem.h; legs are (resource, seconds)."""
 

@@ -25,9 +25,12 @@ Stamp = _C.Stamp
 TokenOrder = _C.TokenOrder
 aligned = _C.aligned
 build_info = _C.build_info
+decide_gate = _C.decide_gate
 dot_rows = _C.dot_rows
 find_experts = _C.find_experts
 fold_rows = _C.fold_rows
+gate_gradient = _C.gate_gradient
+gate_runs_on = _C.gate_runs_on
 gather_bytes = _C.gather_bytes
 order_tokens = _C.order_tokens
 order_tokens_on_device = _C.order_tokens_on_device
@@ -57,9 +60,12 @@ __all__ = [
     "build_info",
     "comm_names",
     "compressor_names",
+    "decide_gate",
     "dot_rows",
     "find_experts",
     "fold_rows",
+    "gate_gradient",
+    "gate_runs_on",
     "gather_bytes",
     "make_comm",
     "make_compressor",

@@ -34,6 +34,10 @@ class DeviceRows : public DeviceKernels {
   void decode_zfp(const at::Tensor& wire, double rate, const at::Tensor& rows) const final;
   void gather(const at::Tensor& from, const at::Tensor& index, const at::Tensor& to) const final;
   void pack_columns(const std::vector<Column>& columns, const at::Tensor& rows) const final;
+
+  void place_routes(const PlaceArguments& place, c10::Device device) const final;
+  void weigh_routes(const WeighArguments& weigh, c10::Device device) const final;
+  void find_gate_gradient(const GateGradientArguments& gate, c10::Device device) const final;
 };
 
 }  // namespace planmoe::cuda

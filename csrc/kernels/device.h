@@ -8,6 +8,7 @@
 
 #include "../compressor/abstract.h"
 #include "columns.h"
+#include "gate_arguments.h"
 #include "routing.h"
 #include "wire_rows.h"
 
@@ -52,6 +53,11 @@ class DeviceKernels {
   virtual std::vector<at::Tensor> find_fan(const at::Tensor& rows, const RowRoutes& routes,
                                            const std::vector<int64_t>& ranks,
                                            const std::vector<int64_t>& counts) const = 0;
+
+  // See gate.h.
+  virtual void place_routes(const PlaceArguments& place, c10::Device device) const = 0;
+  virtual void weigh_routes(const WeighArguments& weigh, c10::Device device) const = 0;
+  virtual void find_gate_gradient(const GateGradientArguments& gate, c10::Device device) const = 0;
 };
 
 // Those for the device of `tensor`; nullptr: there are none, tensor operations do it.

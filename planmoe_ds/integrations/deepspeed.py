@@ -1,8 +1,9 @@
 """DeepSpeed: `"planmoe"` in the config makes every deepspeed.moe.layer.MoE go through planmoe.
 
 deepspeed_hook.py calls configure() once DeepSpeed has made its expert-parallel groups and before it builds the
-optimizer. The class of every MOELayer instance then becomes PlanMoELayer, a subclass that overrides forward. Names of
-parameters, tags, checkpoints, isinstance checks and the router stay as they were.
+optimizer. The class of every MOELayer instance then becomes PlanMoELayer, a subclass that overrides forward, and that
+of its router PlanMoEGate. Names of parameters, tags, checkpoints, isinstance checks and what the router decides stay as
+they were.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from planmoe_ds import __version__
 from planmoe_ds.agreement import check_agreement
 from planmoe_ds.auto_planner import ChoiceLog
 from planmoe_ds.compression import AUTO
-from planmoe_ds.config import PlanMoEConfig, find_section, parse_config
+from planmoe_ds.config import Exactness, PlanMoEConfig, find_section, parse_config
 from planmoe_ds.equal_experts import share_storage
 from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.integrations.activation import LayerFacts, device_of, make_engine_layers, report_failure, settings_of
 from planmoe_ds.integrations.deepspeed_checkpoints import watch_checkpoints
+from planmoe_ds.integrations.deepspeed_gate import quicken
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.plan import Routes
 from planmoe_ds.session import Session
@@ -215,6 +217,8 @@ def _activate_layers(
         layer.planmoe = engine_layer
         layer.tensor_parallel = TensorParallelSplit(made.groups["tensor parallel"], index) if divides_tokens else None
         layer.stock_trial = None
+        if config.resolved_exactness is not Exactness.EXACT:  # the router's gradients are rounded otherwise
+            quicken(layer.gate, device)
         decides_alone = in_buckets and groups._get_expert_data_parallel_world_size(layer.ep_group_name) > 1
         if config.chooses_everything and tensor_parallel_size == 1 and _stock_is_bounded(layer) and not decides_alone:
             trial_log.num_waiting += 1
