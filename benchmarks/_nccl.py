@@ -1,9 +1,10 @@
 """Ranks over NCCL for benchmarks: on one host, or as emulated hosts with TCP sockets between them.
 
-Ranks share the GPUs where there are fewer: NCCL must then be 2.30 or newer, with NCCL_MULTI_RANK_GPU_ENABLE=1. What the
-ranks compute takes turns on the card then, or runs side by side where CUDA's Multi-Process Service is on
-(`nvidia-cuda-mps-control -d`). CUDA_DEVICE_MAX_CONNECTIONS is 32 unless set: with few, as with 2, MPS's own default,
-exchanges over the two links queue behind each other. Ranks that share a card share 64: four with 32 each did not start.
+Ranks share the GPUs where there are fewer: NCCL must then be 2.30 or newer, with NCCL_MULTI_RANK_GPU_ENABLE=1. They run
+side by side under CUDA's Multi-Process Service, which is started for them where it is installed. PLANMOE_MPS=0 leaves
+that, and they take turns on the card: an exchange that waits for its peer then keeps the card from that peer.
+CUDA_DEVICE_MAX_CONNECTIONS is 32 unless set: with few, as with 2, MPS's own default, exchanges over the two links queue
+behind each other. Ranks that share a card share 64: four with 32 each did not start.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
+_PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 
 
 def launch(num_ranks: int, *arguments: str) -> int:
@@ -36,9 +38,34 @@ def launch(num_ranks: int, *arguments: str) -> int:
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     ranks = f"--nproc_per_node={num_ranks}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *sys.argv, *arguments]
-    with tempfile.TemporaryDirectory() as folder:  # what links cost elsewhere is nothing to emulated hosts
-        environment["XDG_CACHE_HOME"] = folder
-        return subprocess.run(command, env=environment, check=False).returncode
+    with tempfile.TemporaryDirectory() as folder, side_by_side(ranks_per_card) as service:
+        environment["XDG_CACHE_HOME"] = folder  # what links cost elsewhere is nothing to emulated hosts
+        return subprocess.run(command, env={**environment, **service}, check=False).returncode
+
+
+@contextmanager
+def side_by_side(ranks_per_card: int) -> Iterator[dict[str, str]]:
+    """Inside, a Multi-Process Service of one's own for ranks that share cards; the variables by which they find it.
+
+    None where no card is shared, where one runs that the environment names, where PLANMOE_MPS is 0, and where the
+    service is not installed or does not start: the ranks then take turns.
+    """
+    control = shutil.which("nvidia-cuda-mps-control")
+    is_wanted = ranks_per_card > 1 and _PIPES not in os.environ and os.environ.get("PLANMOE_MPS") != "0"
+    if control is None or not is_wanted:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="mps-") as folder:
+        service = {_PIPES: folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        environment = {**os.environ, **service}
+        if subprocess.run([control, "-d"], env=environment, check=False).returncode != 0:
+            yield {}
+            return
+        try:
+            yield service
+        finally:
+            with suppress(subprocess.TimeoutExpired):
+                subprocess.run([control], input=b"quit\n", env=environment, check=False, timeout=30)
 
 
 @contextmanager
@@ -97,7 +124,9 @@ def describe_ranks(hosts: int) -> str:
     """Ranks, hosts, cards and NCCL."""
     cards = min(torch.cuda.device_count(), dist.get_world_size())
     version = ".".join(map(str, torch.cuda.nccl.version()))
-    return f"{dist.get_world_size()} ranks as {hosts} hosts on {cards} x {torch.cuda.get_device_name()}, NCCL {version}"
+    sharing = "" if cards == dist.get_world_size() else ", side by side" if _PIPES in os.environ else ", taking turns"
+    name = f"{cards} x {torch.cuda.get_device_name()}{sharing}"
+    return f"{dist.get_world_size()} ranks as {hosts} hosts on {name}, NCCL {version}"
 
 
 def median_ms(call: Callable[[], object], rounds: int, warm_up: int = 2) -> float:

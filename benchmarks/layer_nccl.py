@@ -2,10 +2,9 @@
 
     python -m benchmarks.layer_nccl [--ranks 4] [--hosts 2] [--gbit 10] [--shapes T,H,F,E,K …] [--quick] [--json FILE]
 
-bf16, capacity factor 1.25, GELU experts of two matrices, the same router for all. "without all-to-all" is stock with
+bf16, capacity factor 1.25, GELU experts of two matrices, the same routes for all. "without all-to-all" is stock with
 its all-to-alls left out: the bound that no dispatch can beat. Milliseconds of the slowest rank, and those that rank 0's
-host takes to start a step, medians; one variant after the other. Where ranks share a card (see benchmarks/_nccl.py)
-their computing takes turns on it.
+host takes to start a step, medians; one variant after the other. How ranks share cards: benchmarks/_nccl.py.
 """
 
 from __future__ import annotations
