@@ -94,7 +94,7 @@ void check(const at::Tensor& logits, const GateOptions& options) {
                     "logits must be contiguous float32 [T, E], got ", logits.scalar_type(), " ", logits.sizes());
   TORCH_CHECK_VALUE(options.top_k >= 1 && options.top_k <= logits.size(1), "top-", options.top_k, " of ",
                     logits.size(1), " experts");
-  TORCH_CHECK_VALUE(options.capacity >= 0, "the capacity is ", options.capacity);
+  TORCH_CHECK_VALUE(options.capacity >= -1, "the capacity is ", options.capacity);
   TORCH_CHECK_VALUE(gate_runs_on(logits), "there are no kernels of the router for tensors on ", logits.device());
 }
 
@@ -112,7 +112,7 @@ Choice choose_one(const at::Tensor& logits, const at::Tensor& probs, const GateO
   choice.counted = ones_at(choice.index, probs);
   const auto order = options.drops_at_random ? choice.counted * at::rand(probs.sizes(), probs.options())
                                              : choice.counted.to(at::kLong);
-  choice.kept = largest(order, options.capacity, /*sorted=*/true);
+  if (options.capacity >= 0) choice.kept = largest(order, options.capacity, /*sorted=*/true);
   return choice;
 }
 
@@ -132,8 +132,11 @@ Choice choose_more(const at::Tensor& probs, const GateOptions& options) {
   std::tie(prob, choice.index) = probs.topk(options.top_k, 1);
   choice.counted = ones_at(choice.index, probs);
   auto chosen = at::zeros_like(probs).scatter_(1, choice.index, prob);
-  choice.kept = largest(chosen, options.capacity, /*sorted=*/false);
-  choice.total = chosen.mul_(choice.kept).sum(1, true);
+  if (options.capacity >= 0) {
+    choice.kept = largest(chosen, options.capacity, /*sorted=*/false);
+    chosen.mul_(choice.kept);
+  }
+  choice.total = chosen.sum(1, true);
   return choice;
 }
 
@@ -170,7 +173,7 @@ GateDecision decide_gate(const at::Tensor& logits, const GateOptions& options) {
   place.route_step = choice.index.stride(1);
   place.token_step = choice.index.stride(0);
   if (choice.kept.defined()) place.kept = choice.kept.const_data_ptr<bool>();
-  place.capacity = options.capacity;
+  place.capacity = options.capacity >= 0 ? options.capacity : shape.num_tokens;
   place.by_choice = options.top_k == 2;
   place.placed = decision.expert.mutable_data_ptr<int32_t>();
   place.slot = decision.slot.mutable_data_ptr<int32_t>();

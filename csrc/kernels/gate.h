@@ -1,5 +1,5 @@
 #pragma once
-// DeepSpeed's router (deepspeed.moe.sharded_moe: top1gating, top2gating, topkgating with dropped tokens), after GShard,
+// DeepSpeed's router (deepspeed.moe.sharded_moe: top1gating, top2gating, topkgating), after GShard,
 // https://arxiv.org/abs/2006.16668: the same random numbers and the same operations of torch where these round, and
 // kernels for what takes DeepSpeed dozens of operations.
 
@@ -12,7 +12,7 @@ namespace planmoe {
 // T tokens, K routes each, E experts.
 struct GateOptions {
   int64_t top_k = 1;
-  int64_t capacity = 1;          // rows that an expert takes from this rank
+  int64_t capacity = -1;         // rows that an expert takes from this rank; -1: all
   bool samples = false;          // Gumbel noise on the logits from which the last of one or two routes is chosen
   bool drops_at_random = false;  // top-1: which tokens a full expert takes; else torch.topk says among equals
 };
