@@ -40,14 +40,14 @@ DROP_IN = Case("drop-in", TWO_RANKS, make_moe=planmoe_ds.MoE)
 
 def test_order_of_imports(ranks: RankPool) -> None:
     orders = [["planmoe_ds", "initialize"], ["initialize", "planmoe_ds"]]
-    results = ranks.run(2, train_after_imports, True, per_rank_args=[(order,) for order in orders], fresh=True)
+    results = ranks.run(2, train_after_imports, True, per_rank_args=[(order,) for order in orders], bare=True)
     assert [is_on for is_on, _ in results] == [True, True]
     assert results[0][1] == results[1][1]
 
 
 def test_imported_on_one_rank_only_and_off(ranks: RankPool) -> None:
     orders = [["planmoe_ds", "initialize"], ["initialize"]]
-    results = ranks.run(2, train_after_imports, None, per_rank_args=[(order,) for order in orders], fresh=True)
+    results = ranks.run(2, train_after_imports, None, per_rank_args=[(order,) for order in orders], bare=True)
     assert [is_on for is_on, _ in results] == [False, False]
 
 

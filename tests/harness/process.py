@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from multiprocessing import Pipe
 from pathlib import Path
 
+from tests.harness.forks import ForkedProcess, ForkRequest, ForkServer
+
 _ROOT = Path(__file__).resolve().parents[2]
 _STARTER = (
     "import sys; sys.path.insert(0, sys.argv[1]); from tests.harness.worker import main; "
@@ -42,23 +44,32 @@ _CPU_VARIABLES = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "GLOO_SOC
 class RankProcess:
     """A started worker; `kill` ends it together with everything it started."""
 
-    def __init__(self, folder: Path, backend: str, environment: Mapping[str, str], preload: bool) -> None:
+    def __init__(
+        self, folder: Path, backend: str, environment: Mapping[str, str], preload: bool, source: ForkServer | None
+    ) -> None:
         folder.mkdir()
         self._output = folder / "output.txt"
         self._stacks = folder / "stacks.txt"
         self._call_start = 0
         self.connection, childs_end = Pipe()
-        arguments = [str(_ROOT), str(childs_end.fileno()), str(self._stacks), backend]
-        with self._output.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _STARTER, *arguments, "preload" if preload else "bare"],
-                env=_start_environment(backend, environment),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[childs_end.fileno()],
-                start_new_session=True,
-            )
+        environment = start_environment(backend, environment)
+        self._process: subprocess.Popen[bytes] | ForkedProcess
+        if source is not None:
+            self._output.touch()
+            request = ForkRequest(self._output, self._stacks, backend, environment)
+            self._process = source.fork(request, childs_end.fileno())
+        else:
+            arguments = [str(_ROOT), str(childs_end.fileno()), str(self._stacks), backend]
+            with self._output.open("wb") as output:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _STARTER, *arguments, "preload" if preload else "bare"],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[childs_end.fileno()],
+                    start_new_session=True,
+                )
         childs_end.close()
 
     @property
@@ -105,7 +116,8 @@ class RankProcess:
         self.connection.close()
 
 
-def _start_environment(backend: str, environment: Mapping[str, str]) -> dict[str, str]:
+def start_environment(backend: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that a rank process starts with."""
     inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
     if backend == "gloo":
         inherited.update(_CPU_VARIABLES)

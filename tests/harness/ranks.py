@@ -24,7 +24,8 @@ import torch
 
 from tests.harness.calls import Arguments, Environment, make_calls, per_rank_environments
 from tests.harness.conversation import RankError, RankTimeout, converse, describe
-from tests.harness.process import RankProcess
+from tests.harness.forks import ForkServer
+from tests.harness.process import RankProcess, start_environment
 from tests.harness.wire import Call, RankOutcome
 
 __all__ = ["MAX_RANKS", "RankError", "RankOutcome", "RankPool", "RankTimeout"]
@@ -44,6 +45,7 @@ class RankPool:
         self._ranks_per_host = ranks_per_host
         self._preload = preload
         self._processes: dict[int, RankProcess] = {}  # by rank
+        self._servers: list[ForkServer] = []
         self._num_paths = 0
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
 
@@ -57,13 +59,14 @@ class RankPool:
         per_rank_args: Sequence[Sequence[Any]] | None = None,
         expect_failure: bool = False,
         fresh: bool = False,
+        bare: bool = False,
         **kwargs: Any,
     ) -> list[Any]:
         """Call `function(*args, *per_rank_args[rank], **kwargs)` on every rank; return one result per rank.
 
         `env` is one mapping for all ranks or one per rank. `timeout` (seconds) does not count imports.
         `expect_failure` returns one `RankOutcome` per rank, failed or not, instead of results. `fresh` uses
-        new processes for this call alone, started with `env` and without DeepSpeed imported.
+        new processes for this call alone, `bare` new interpreters, started with `env` and without DeepSpeed imported.
         Skips the test where NCCL has fewer GPUs than ranks, unless it is told that they may share them.
         Raises `RankError`, `RankTimeout`, and `ValueError` for arguments that do not fit `world_size`.
         """
@@ -77,7 +80,8 @@ class RankPool:
         arguments = Arguments(args, kwargs, per_rank_args)
         environments = [{**self._place(rank), **env} for rank, env in enumerate(environments)]
         calls = make_calls(function, arguments, environments, self._new_path("store"))
-        processes = self._start(environments, preload=False) if fresh else self._reuse(world_size)
+        fresh |= bare
+        processes = self._start(environments, forks=not bare, preload=False) if fresh else self._reuse(world_size)
         outcomes = _converse_or_kill(processes, calls, timeout, expect_failure)
         try:
             if not expect_failure and any(outcome.failed for outcome in outcomes):
@@ -90,12 +94,14 @@ class RankPool:
     def close(self) -> None:
         """End every process and delete the pool's files."""
         _kill(list(self._processes.values()))
+        for server in self._servers:
+            server.close()
         self._folder.cleanup()
 
     def _reuse(self, world_size: int) -> list[RankProcess]:
         alive = {rank for rank, process in self._processes.items() if process.is_alive}
         missing = [rank for rank in range(world_size) if rank not in alive]
-        started = self._start([self._place(rank) for rank in missing], self._preload)
+        started = self._start([self._place(rank) for rank in missing], forks=self._preload, preload=self._preload)
         self._processes.update(zip(missing, started, strict=True))
         return [self._processes[rank] for rank in range(world_size)]
 
@@ -107,8 +113,20 @@ class RankPool:
         host = {"NCCL_HOSTID": f"host{rank // self._ranks_per_host}"} if self._ranks_per_host else {}
         return {"LOCAL_RANK": str(rank % torch.cuda.device_count()), **host, **caches}
 
-    def _start(self, environments: Sequence[Mapping[str, str]], preload: bool) -> list[RankProcess]:
-        return [RankProcess(self._new_path("rank"), self._backend, env, preload) for env in environments]
+    def _start(self, environments: Sequence[Mapping[str, str]], *, forks: bool, preload: bool) -> list[RankProcess]:
+        """Forked from processes with DeepSpeed imported, or interpreters of their own; CUDA does not bear forks."""
+        sources = self._fork_servers() if forks and self._backend == "gloo" else [None]
+        return [
+            RankProcess(self._new_path("rank"), self._backend, env, preload, sources[place % len(sources)])
+            for place, env in enumerate(environments)
+        ]
+
+    def _fork_servers(self) -> Sequence[ForkServer]:
+        """Two, so that not all ranks iterate over sets of strings in one order."""
+        while len(self._servers) < 2:
+            environment = start_environment(self._backend, {"PYTHONHASHSEED": str(len(self._servers))})
+            self._servers.append(ForkServer(self._new_path("server"), environment))
+        return self._servers
 
     def _new_path(self, kind: str) -> Path:
         self._num_paths += 1

@@ -127,9 +127,19 @@ def test_next_call_finds_what_the_first_found(ranks: RankPool) -> None:
 def test_processes_are_kept_unless_fresh(ranks: RankPool) -> None:
     kept, again = ranks.run(2, process_state), ranks.run(2, process_state)
     assert [state["process"] for state in kept] == [state["process"] for state in again]
-    fresh = ranks.run(2, process_state, fresh=True)
-    assert not {state["process"] for state in fresh} & {state["process"] for state in kept}
-    assert [state["deepspeed"] for state in kept + fresh] == [True, True, False, False]
+    fresh, bare = ranks.run(2, process_state, fresh=True), ranks.run(2, process_state, bare=True)
+    assert len({state["process"] for state in kept + fresh + bare}) == 6
+    assert [state["deepspeed"] for state in kept + fresh + bare] == [True] * 4 + [False] * 2
+
+
+def hash_of_a_name() -> int:
+    """What the order of a set of names follows."""
+    return hash("expert")
+
+
+@pytest.mark.parametrize("options", [{}, {"fresh": True}, {"bare": True}], ids=str)
+def test_ranks_iterate_over_sets_in_orders_of_their_own(ranks: RankPool, options: dict[str, bool]) -> None:
+    assert len(set(ranks.run(4, hash_of_a_name, **options))) > 1
 
 
 def test_error_shows_every_failed_rank(ranks: RankPool) -> None:

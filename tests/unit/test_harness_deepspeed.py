@@ -115,8 +115,8 @@ def test_trains_as_in_new_processes(ranks: RankPool) -> None:
     order = [(4, 1, 0, False), (4, 2, 1, False), (2, 2, 0, True), (4, 4, 2, True), (1, 1, 0, False)]
     reused = [ranks.run(world_size, train, *rest) for world_size, *rest in order]
     last = ranks.run(4, train, 4, 0, use_mpu=False)
-    assert last == ranks.run(4, train, 4, 0, use_mpu=False, fresh=True)
-    assert reused[2] == ranks.run(2, train, 2, 0, use_mpu=True, fresh=True)
+    assert last == ranks.run(4, train, 4, 0, use_mpu=False, bare=True)
+    assert reused[2] == ranks.run(2, train, 2, 0, use_mpu=True, bare=True)
     assert all(losses[-1] < losses[0] for result in reused for losses in result)
 
 
