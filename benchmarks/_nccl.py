@@ -1,14 +1,15 @@
 """Ranks over NCCL for benchmarks: on one host, or as emulated hosts with TCP sockets between them.
 
 Ranks share the GPUs where there are fewer: NCCL must then be 2.30 or newer, with NCCL_MULTI_RANK_GPU_ENABLE=1. They run
-side by side under CUDA's Multi-Process Service, which is started for them where it is installed. PLANMOE_MPS=0 leaves
-that, and they take turns on the card: an exchange that waits for its peer then keeps the card from that peer.
-CUDA_DEVICE_MAX_CONNECTIONS is 32 unless set: with few, as with 2, MPS's own default, exchanges over the two links queue
-behind each other. Ranks that share a card share 64: four with 32 each did not start.
+side by side under CUDA's Multi-Process Service, started for them where it is installed, unless they are to take
+turns: an exchange that waits for its peer then keeps the card from that peer. CUDA_DEVICE_MAX_CONNECTIONS is 32 unless
+set: with few, as with 2, MPS's own default, exchanges over the two links queue behind each other. Ranks that share a
+card share 64: four with 32 each did not start.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import shutil
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,10 +27,15 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
-_PIPES = "CUDA_MPS_PIPE_DIRECTORY"
+_PIPES, _DEFAULT_PIPES = "CUDA_MPS_PIPE_DIRECTORY", Path("/tmp/nvidia-mps")  # noqa: S108 - the service's own
 
 
-def launch(num_ranks: int, *arguments: str) -> int:
+def add_sharing(parser: argparse.ArgumentParser) -> None:
+    """The option by which ranks take turns."""
+    parser.add_argument("--take-turns", action="store_true", help="ranks that share a card do not run side by side")
+
+
+def launch(num_ranks: int, *arguments: str, take_turns: bool) -> int:
     """Run this program again as `num_ranks` ranks, with more arguments; the exit code."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     ranks_per_card = -(-num_ranks // max(1, torch.cuda.device_count()))
@@ -38,24 +44,26 @@ def launch(num_ranks: int, *arguments: str) -> int:
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     ranks = f"--nproc_per_node={num_ranks}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *sys.argv, *arguments]
-    with tempfile.TemporaryDirectory() as folder, side_by_side(ranks_per_card) as service:
+    with tempfile.TemporaryDirectory() as folder, side_by_side(1 if take_turns else ranks_per_card) as service:
         environment["XDG_CACHE_HOME"] = folder  # what links cost elsewhere is nothing to emulated hosts
         return subprocess.run(command, env={**environment, **service}, check=False).returncode
 
 
 @contextmanager
 def side_by_side(ranks_per_card: int) -> Iterator[dict[str, str]]:
-    """Inside, a Multi-Process Service of one's own for ranks that share cards; the variables by which they find it.
+    """Inside, a Multi-Process Service for ranks that share cards; the variables by which they find it.
 
-    None where no card is shared, where one runs that the environment names, where PLANMOE_MPS is 0, and where the
-    service is not installed or does not start: the ranks then take turns.
+    One of their own, or the one that runs. None where no card is shared, where the environment names one already, and
+    where the service is not installed or does not start: the ranks then take turns.
     """
     control = shutil.which("nvidia-cuda-mps-control")
-    is_wanted = ranks_per_card > 1 and _PIPES not in os.environ and os.environ.get("PLANMOE_MPS") != "0"
-    if control is None or not is_wanted:
+    if control is None or ranks_per_card == 1 or _PIPES in os.environ:
         yield {}
         return
-    with tempfile.TemporaryDirectory(prefix="mps-") as folder:
+    if (_DEFAULT_PIPES / "control").exists():
+        yield {_PIPES: str(_DEFAULT_PIPES)}
+        return
+    with tempfile.TemporaryDirectory(prefix="mps-", ignore_cleanup_errors=True) as folder:
         service = {_PIPES: folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         environment = {**os.environ, **service}
         if subprocess.run([control, "-d"], env=environment, check=False).returncode != 0:
@@ -64,8 +72,10 @@ def side_by_side(ranks_per_card: int) -> Iterator[dict[str, str]]:
         try:
             yield service
         finally:
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 subprocess.run([control], input=b"quit\n", env=environment, check=False, timeout=30)
+            except subprocess.TimeoutExpired:
+                print("the Multi-Process Service did not end in 30 s: end nvidia-cuda-mps-control", file=sys.stderr)
 
 
 @contextmanager

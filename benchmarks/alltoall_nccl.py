@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks._nccl import launch, median_ms, start
+from benchmarks._nccl import add_sharing, launch, median_ms, start
 
 KIB = (64, 1024, 16384, 262144)  # sent by each rank
 WIDTH = 1024  # bytes per row
@@ -67,10 +67,11 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=1, help="emulated hosts; TCP sockets between them")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
+    add_sharing(parser)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if "RANK" not in os.environ:
-        sys.exit(launch(options.ranks))
+        sys.exit(launch(options.ranks, take_turns=options.take_turns))
     start(options.hosts)
     GROUPS.extend(dist.new_group() for _ in range(2))
     found: dict[str, dict[str, float]] = {}

@@ -3,8 +3,8 @@
     python -m benchmarks.layer_nccl [--ranks 4] [--hosts 2] [--gbit 10] [--shapes T,H,F,E,K …] [--quick] [--json FILE]
 
 bf16, capacity factor 1.25, GELU experts of two matrices, the same routes for all. "without all-to-all" is stock with
-its all-to-alls left out: the bound that no dispatch can beat. Milliseconds of the slowest rank, and those that rank 0's
-host takes to start a step, medians; one variant after the other. How ranks share cards: benchmarks/_nccl.py.
+its all-to-alls left out: the bound of what pads, with stock's router. Milliseconds of the slowest rank, and those that
+rank 0's host takes to start a step, medians; one variant after the other. How ranks share cards: benchmarks/_nccl.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks._nccl import (
+    add_sharing,
     describe_ranks,
     forget_deepspeed_groups,
     launch,
@@ -133,11 +134,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="variants whose names hold one of these words, between slashes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one small shape, few rounds")
+    add_sharing(parser)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if "RANK" not in os.environ:
         with limited_link(options.hosts, options.gbit):
-            sys.exit(launch(options.ranks))
+            sys.exit(launch(options.ranks, take_turns=options.take_turns))
     device = start(options.hosts)
     import deepspeed
 

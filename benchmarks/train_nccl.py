@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks._nccl import describe_ranks, launch, median_ms, start
+from benchmarks._nccl import add_sharing, describe_ranks, launch, median_ms, start
 from benchmarks.layer_nccl import BOUND, LEARNING, best_by_codec
 from benchmarks.layer_nccl import VARIANTS as LAYER_VARIANTS
 
@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--framework", choices=["deepspeed", "megatron"], default="deepspeed")
     parser.add_argument("--only", default="", help="variants whose names hold one of these words, between slashes")
     parser.add_argument("--quick", action="store_true", help="a small model, few steps")
+    add_sharing(parser)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--profile", help="write the trace of a step of the last variant there")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # for the ranks
@@ -149,7 +150,8 @@ def main() -> None:
         path = Path(folder) / "row.json"
         for variant in variants:
             more = ["--variant", variant, "--row", str(path)]
-            if launch(arguments.ranks, *more, *(["--profile", ""] if variant != variants[-1] else [])):
+            more += ["--profile", ""] if variant != variants[-1] else []
+            if launch(arguments.ranks, *more, take_turns=arguments.take_turns):
                 print(f"{variant:40} failed", flush=True)
                 failed.append(variant)
                 continue

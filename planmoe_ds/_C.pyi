@@ -330,12 +330,11 @@ def decide_gate(
 ) -> GateDecision: ...
 def gate_gradient(
     expert: torch.Tensor,
-    weight: torch.Tensor,
     probs: torch.Tensor,
     total: torch.Tensor,
     share: torch.Tensor,
-    weight_grad: torch.Tensor,
-    loss_grad: torch.Tensor,
+    weight_grad: torch.Tensor | None,
+    loss_grad: torch.Tensor | None,
 ) -> torch.Tensor:
     """The logits' gradient, float32 [T, E]."""
 

@@ -9,6 +9,7 @@ constexpr int kPlaceThreads = 1024;
 constexpr int kPlaceWarps = kPlaceThreads / kWarp;
 constexpr int kTokenThreads = 128;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+static_assert(kPlaceWarps == kWarp);  // each lane holds the number of one warp
 
 // ---- places ----
 
@@ -50,8 +51,8 @@ __global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceArguments pla
           if (ids[k * place.route_step] == expert) route = k;
       }
       const bool wants = route >= 0 && (!place.kept || place.kept[token * num_experts + expert]);
-      count += __syncthreads_count(route >= 0);
       const auto rank = rank_in_block(wants, warp_totals);
+      count += place.kept ? __syncthreads_count(route >= 0) : rank.total;
       if (route >= 0) {
         const bool fits = wants && next + rank.before < place.capacity;
         place.placed[route * num_tokens + token] = fits ? static_cast<int32_t>(expert) : -1;
@@ -68,11 +69,12 @@ __global__ void __launch_bounds__(kTokenThreads) weigh_kernel(WeighArguments wei
   const auto [num_tokens, num_experts, top_k] = weigh.shape;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kTokenThreads + threadIdx.x;
   if (token >= num_tokens) return;
+  const float* const probs = weigh.probs + token * num_experts;
   float* const weights = weigh.weight + token;
   float total = 0;
   for (int64_t route = 0; route < top_k; ++route) {
     const int32_t expert = weigh.placed[route * num_tokens + token];
-    const float prob = expert < 0 ? 0.0f : weigh.probs[token * num_experts + expert];
+    const float prob = expert < 0 ? probs[0] * 0.0f : probs[expert];
     weights[route * num_tokens] = prob;
     total += prob;
   }
@@ -87,23 +89,34 @@ __global__ void __launch_bounds__(kTokenThreads) weigh_kernel(WeighArguments wei
 
 // ---- gradient ----
 
+// visit(expert, the weight's gradient over `divisor`) for every route of the token that has a place.
+template <class Visit>
+__device__ void each_route(const GateGradientArguments& gate, int64_t token, float divisor, const Visit& visit) {
+  for (int64_t route = 0; gate.weight_grad && route < gate.shape.top_k; ++route) {
+    const int64_t place = route * gate.shape.num_tokens + token;
+    if (gate.placed[place] >= 0) visit(gate.placed[place], gate.weight_grad[place] / divisor);
+  }
+}
+
 __global__ void __launch_bounds__(kTokenThreads) gradient_kernel(GateGradientArguments gate) {
-  const auto [num_tokens, num_experts, top_k] = gate.shape;
+  const int64_t num_experts = gate.shape.num_experts;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kTokenThreads / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
-  if (token >= num_tokens) return;
+  if (token >= gate.shape.num_tokens) return;
   const float* const probs = gate.probs + token * num_experts;
-  const float total = top_k > 1 ? gate.total[token] : 1.0f;
+  const bool divides = gate.shape.top_k > 1;
+  const float total = divides ? gate.total[token] : 1.0f;
   const float divisor = total < kLeastTotal ? kLeastTotal : total;
   float of_total = 0;
-  for (int64_t route = 0; route < top_k; ++route)
-    of_total -= gate.weight_grad[route * num_tokens + token] * gate.weight[route * num_tokens + token] / divisor;
-  if (top_k == 1 || total < kLeastTotal) of_total = 0;
-  const auto prob_grad = [&, num_tokens = num_tokens, top_k = top_k](int64_t expert) {
-    float grad = *gate.loss_grad * gate.loss_factor * gate.share[expert];
-    for (int64_t route = 0; route < top_k; ++route)
-      if (gate.placed[route * num_tokens + token] == expert)
-        grad += gate.weight_grad[route * num_tokens + token] / divisor + of_total;
+  if (divides && !(total < kLeastTotal))
+    each_route(gate, token, divisor,
+               [&](int32_t expert, float weight_grad) { of_total -= weight_grad * (probs[expert] / divisor); });
+  const float loss_grad = gate.loss_grad ? *gate.loss_grad * gate.loss_factor : 0.0f;
+  const auto prob_grad = [&](int64_t expert) {
+    float grad = loss_grad * gate.share[expert];
+    each_route(gate, token, divisor, [&](int32_t routed, float weight_grad) {
+      if (routed == expert) grad += weight_grad + of_total;
+    });
     return grad;
   };
   float mean = 0;

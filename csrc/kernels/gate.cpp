@@ -34,11 +34,12 @@ void place_routes(const PlaceArguments& place) {
 
 void weigh_token(const WeighArguments& weigh, int64_t token) {
   const auto [num_tokens, num_experts, top_k] = weigh.shape;
+  const auto* const probs = weigh.probs + token * num_experts;
   auto* const weights = weigh.weight + token;
   float total = 0;
   for (int64_t route = 0; route < top_k; ++route) {
     const auto expert = weigh.placed[route * num_tokens + token];
-    weights[route * num_tokens] = expert < 0 ? 0 : weigh.probs[token * num_experts + expert];
+    weights[route * num_tokens] = expert < 0 ? probs[0] * 0 : probs[expert];
     total += weights[route * num_tokens];
   }
   if (weigh.finds_total) weigh.total[token] = total;
@@ -51,18 +52,20 @@ void find_gradient_of_token(const GateGradientArguments& gate, int64_t token) {
   const auto [num_tokens, num_experts, top_k] = gate.shape;
   const auto* const probs = gate.probs + token * num_experts;
   auto* const grad = gate.logits_grad + token * num_experts;
-  for (int64_t expert = 0; expert < num_experts; ++expert)
-    grad[expert] = *gate.loss_grad * gate.loss_factor * gate.share[expert];
+  const auto loss_grad = gate.loss_grad ? *gate.loss_grad * gate.loss_factor : 0;
+  for (int64_t expert = 0; expert < num_experts; ++expert) grad[expert] = loss_grad * gate.share[expert];
   const auto total = top_k > 1 ? gate.total[token] : 1;
   const auto divisor = total < kLeastTotal ? kLeastTotal : total;
+  const auto each_route = [&](const auto& visit) {
+    for (int64_t route = 0; gate.weight_grad && route < top_k; ++route) {
+      const auto expert = gate.placed[route * num_tokens + token];
+      if (expert >= 0) visit(expert, gate.weight_grad[route * num_tokens + token] / divisor);
+    }
+  };
   float of_total = 0;
-  for (int64_t route = 0; route < top_k; ++route)
-    of_total -= gate.weight_grad[route * num_tokens + token] * gate.weight[route * num_tokens + token] / divisor;
-  if (top_k == 1 || total < kLeastTotal) of_total = 0;
-  for (int64_t route = 0; route < top_k; ++route) {
-    const auto expert = gate.placed[route * num_tokens + token];
-    if (expert >= 0) grad[expert] += gate.weight_grad[route * num_tokens + token] / divisor + of_total;
-  }
+  if (top_k > 1 && !(total < kLeastTotal))
+    each_route([&](int32_t expert, float weight_grad) { of_total -= weight_grad * (probs[expert] / divisor); });
+  each_route([&](int32_t expert, float weight_grad) { grad[expert] += weight_grad + of_total; });
   float mean = 0;
   for (int64_t expert = 0; expert < num_experts; ++expert) mean += probs[expert] * grad[expert];
   for (int64_t expert = 0; expert < num_experts; ++expert) grad[expert] = probs[expert] * (grad[expert] - mean);
@@ -92,8 +95,8 @@ GateShape shape_of(const at::Tensor& probs, int64_t top_k) { return {probs.size(
 void check(const at::Tensor& logits, const GateOptions& options) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.scalar_type() == at::kFloat && logits.is_contiguous(),
                     "logits must be contiguous float32 [T, E], got ", logits.scalar_type(), " ", logits.sizes());
-  TORCH_CHECK_VALUE(options.top_k >= 1 && options.top_k <= logits.size(1), "top-", options.top_k, " of ",
-                    logits.size(1), " experts");
+  TORCH_CHECK_VALUE(options.top_k >= 1 && options.top_k <= std::max<int64_t>(2, logits.size(1)), "top-", options.top_k,
+                    " of ", logits.size(1), " experts");
   TORCH_CHECK_VALUE(options.capacity >= -1, "the capacity is ", options.capacity);
   TORCH_CHECK_VALUE(gate_runs_on(logits), "there are no kernels of the router for tensors on ", logits.device());
 }
@@ -103,16 +106,17 @@ struct Choice {
   at::Tensor index;
   at::Tensor counted;
   at::Tensor kept;   // bool [T, E], which may have a place; not defined: all, in their order
-  at::Tensor total;  // float [T, 1], not defined: of two or less
+  at::Tensor total;  // float [T], not defined: of two or less
 };
 
 Choice choose_one(const at::Tensor& logits, const at::Tensor& probs, const GateOptions& options) {
   Choice choice;
   choice.index = (options.samples ? logits + gumbel_noise(logits) : probs).argmax(1, true);
   choice.counted = ones_at(choice.index, probs);
-  const auto order = options.drops_at_random ? choice.counted * at::rand(probs.sizes(), probs.options())
-                                             : choice.counted.to(at::kLong);
-  if (options.capacity >= 0) choice.kept = largest(order, options.capacity, /*sorted=*/true);
+  const auto drawn = options.drops_at_random ? at::rand(probs.sizes(), probs.options()) : at::Tensor();
+  if (options.capacity >= 0)
+    choice.kept = largest(drawn.defined() ? choice.counted * drawn : choice.counted.to(at::kLong), options.capacity,
+                          /*sorted=*/true);
   return choice;
 }
 
@@ -136,7 +140,7 @@ Choice choose_more(const at::Tensor& probs, const GateOptions& options) {
     choice.kept = largest(chosen, options.capacity, /*sorted=*/false);
     chosen.mul_(choice.kept);
   }
-  choice.total = chosen.sum(1, true);
+  choice.total = chosen.sum(1);
   return choice;
 }
 
@@ -146,6 +150,55 @@ at::Tensor balance_loss(const at::Tensor& probs, const at::Tensor& share, int64_
   if (top_k == 1) return products.sum().mul_(num_experts);
   auto loss = products.mean().mul_(num_experts).mul_(num_experts);
   return top_k == 2 ? loss : loss.div_(top_k);
+}
+
+void place(const Choice& choice, const GateOptions& options, GateDecision& decision) {
+  const auto& probs = decision.probs;
+  const auto shape = shape_of(probs, options.top_k);
+  decision.expert = at::empty({shape.top_k, shape.num_tokens}, probs.options().dtype(at::kInt));
+  decision.slot = at::empty_like(decision.expert);
+  decision.counts = at::empty({shape.num_experts}, probs.options().dtype(at::kLong));
+  PlaceArguments place;
+  place.shape = shape;
+  place.expert = choice.index.const_data_ptr<int64_t>();
+  place.route_step = choice.index.stride(1);
+  place.token_step = choice.index.stride(0);
+  if (choice.kept.defined()) place.kept = choice.kept.const_data_ptr<bool>();
+  place.capacity = options.capacity >= 0 ? options.capacity : shape.top_k * shape.num_tokens;
+  place.by_choice = options.top_k == 2;
+  place.placed = decision.expert.mutable_data_ptr<int32_t>();
+  place.slot = decision.slot.mutable_data_ptr<int32_t>();
+  place.counts = decision.counts.mutable_data_ptr<int64_t>();
+  if (const auto* kernels = device_kernels(probs))
+    kernels->place_routes(place, probs.device());
+  else
+    place_routes(place);
+}
+
+void weigh(const Choice& choice, GateDecision& decision) {
+  const auto& probs = decision.probs;
+  const auto shape = shape_of(probs, decision.expert.size(0));
+  decision.weight = at::empty(decision.expert.sizes(), probs.options());
+  decision.total = choice.total.defined() ? choice.total : at::empty({shape.num_tokens}, probs.options());
+  WeighArguments weigh;
+  weigh.shape = shape;
+  weigh.probs = probs.const_data_ptr<float>();
+  weigh.placed = decision.expert.const_data_ptr<int32_t>();
+  weigh.total = decision.total.mutable_data_ptr<float>();
+  weigh.finds_total = !choice.total.defined();
+  weigh.weight = decision.weight.mutable_data_ptr<float>();
+  if (const auto* kernels = device_kernels(probs))
+    kernels->weigh_routes(weigh, probs.device());
+  else
+    for_each_row(shape.num_tokens, shape.num_experts, [&](int64_t token) { weigh_token(weigh, token); });
+}
+
+void check_gradient(const char* whose, const std::optional<at::Tensor>& grad, at::IntArrayRef sizes,
+                    const at::Tensor& probs) {
+  if (!grad) return;
+  TORCH_CHECK_VALUE(grad->sizes() == sizes && grad->scalar_type() == at::kFloat && grad->device() == probs.device(),
+                    "the ", whose, " gradient must be float32 ", sizes, " on ", probs.device(), ", got ",
+                    grad->scalar_type(), " ", grad->sizes(), " on ", grad->device());
 }
 
 }  // namespace
@@ -162,65 +215,28 @@ GateDecision decide_gate(const at::Tensor& logits, const GateOptions& options) {
                                            : choose_more(probs, options);
   decision.share = choice.counted.mean(0);
   decision.balance_loss = balance_loss(probs, decision.share, options.top_k);
-  const auto shape = shape_of(probs, options.top_k);
-  const auto ints = logits.options().dtype(at::kInt);
-  decision.expert = at::empty({shape.top_k, shape.num_tokens}, ints);
-  decision.slot = at::empty_like(decision.expert);
-  decision.counts = at::empty({shape.num_experts}, logits.options().dtype(at::kLong));
-  PlaceArguments place;
-  place.shape = shape;
-  place.expert = choice.index.const_data_ptr<int64_t>();
-  place.route_step = choice.index.stride(1);
-  place.token_step = choice.index.stride(0);
-  if (choice.kept.defined()) place.kept = choice.kept.const_data_ptr<bool>();
-  place.capacity = options.capacity >= 0 ? options.capacity : shape.num_tokens;
-  place.by_choice = options.top_k == 2;
-  place.placed = decision.expert.mutable_data_ptr<int32_t>();
-  place.slot = decision.slot.mutable_data_ptr<int32_t>();
-  place.counts = decision.counts.mutable_data_ptr<int64_t>();
-  decision.weight = at::empty(decision.expert.sizes(), logits.options());
-  decision.total = choice.total.defined() ? choice.total : at::empty({shape.num_tokens, 1}, logits.options());
-  WeighArguments weigh;
-  weigh.shape = shape;
-  weigh.probs = probs.const_data_ptr<float>();
-  weigh.placed = place.placed;
-  weigh.total = decision.total.mutable_data_ptr<float>();
-  weigh.finds_total = !choice.total.defined();
-  weigh.weight = decision.weight.mutable_data_ptr<float>();
-  if (const auto* kernels = device_kernels(logits)) {
-    kernels->place_routes(place, logits.device());
-    kernels->weigh_routes(weigh, logits.device());
-  } else {
-    place_routes(place);
-    for_each_row(shape.num_tokens, shape.num_experts, [&](int64_t token) { weigh_token(weigh, token); });
-  }
+  place(choice, options, decision);
+  weigh(choice, decision);
   return decision;
 }
 
-at::Tensor gate_gradient(const GateDecision& decision, const at::Tensor& weight_grad, const at::Tensor& loss_grad) {
+at::Tensor gate_gradient(const GateDecision& decision, const std::optional<at::Tensor>& weight_grad,
+                         const std::optional<at::Tensor>& loss_grad) {
   const auto& probs = decision.probs;
-  TORCH_CHECK_VALUE(weight_grad.sizes() == decision.weight.sizes() && weight_grad.scalar_type() == at::kFloat,
-                    "the weights' gradient must be float32 ", decision.weight.sizes(), ", got ",
-                    weight_grad.scalar_type(), " ", weight_grad.sizes());
-  TORCH_CHECK_VALUE(loss_grad.numel() == 1 && loss_grad.scalar_type() == at::kFloat,
-                    "the balance loss's gradient must be one float32, got ", loss_grad.scalar_type(), " ",
-                    loss_grad.sizes());
-  TORCH_CHECK_VALUE(weight_grad.device() == probs.device() && loss_grad.device() == probs.device(),
-                    "gradients must be on ", probs.device());
-  const auto grads = weight_grad.contiguous();
+  check_gradient("weights'", weight_grad, decision.expert.sizes(), probs);
+  check_gradient("balance loss's", loss_grad, {}, probs);
+  const auto grads = weight_grad ? weight_grad->contiguous() : at::Tensor();
   auto result = at::empty_like(probs);
   GateGradientArguments gate;
-  gate.shape = shape_of(probs, decision.weight.size(0));
+  gate.shape = shape_of(probs, decision.expert.size(0));
   gate.probs = probs.const_data_ptr<float>();
   gate.placed = decision.expert.const_data_ptr<int32_t>();
-  gate.weight = decision.weight.const_data_ptr<float>();
   gate.total = decision.total.const_data_ptr<float>();
   gate.share = decision.share.const_data_ptr<float>();
-  gate.weight_grad = grads.const_data_ptr<float>();
-  gate.loss_grad = loss_grad.const_data_ptr<float>();
-  const auto experts_per_token = static_cast<float>(gate.shape.num_experts) / static_cast<float>(gate.shape.num_tokens);
-  gate.loss_factor =
-      gate.shape.top_k > 2 ? experts_per_token / static_cast<float>(gate.shape.top_k) : experts_per_token;
+  if (weight_grad) gate.weight_grad = grads.const_data_ptr<float>();
+  if (loss_grad) gate.loss_grad = loss_grad->const_data_ptr<float>();
+  gate.loss_factor = static_cast<float>(gate.shape.num_experts) / static_cast<float>(gate.shape.num_tokens);
+  if (gate.shape.top_k > 2) gate.loss_factor /= static_cast<float>(gate.shape.top_k);
   gate.logits_grad = result.mutable_data_ptr<float>();
   if (const auto* kernels = device_kernels(probs))
     kernels->find_gate_gradient(gate, probs.device());

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 
 namespace planmoe {
 
@@ -31,9 +32,10 @@ struct GateDecision {
 // logits: float [T, E], contiguous, on a device for which gate_runs_on holds. ValueError for others.
 GateDecision decide_gate(const at::Tensor& logits, const GateOptions& options);
 
-// float [T, E]: the logits' gradient from that of the weights [K, T] and that of the balance loss, one number; of the
-// decision it takes expert, weight, probs, total and share.
-at::Tensor gate_gradient(const GateDecision& decision, const at::Tensor& weight_grad, const at::Tensor& loss_grad);
+// float [T, E]: the logits' gradient from that of the weights [K, T] and that of the balance loss, one number; either
+// may be missing. Of the decision it takes expert, probs, total and share.
+at::Tensor gate_gradient(const GateDecision& decision, const std::optional<at::Tensor>& weight_grad,
+                         const std::optional<at::Tensor>& loss_grad);
 
 bool gate_runs_on(const at::Tensor& tensor);
 

@@ -18,7 +18,7 @@ struct GateShape {
 // ones. `kept` [T, E] or nullptr: the routes that may have a place; `capacity`: places of an expert.
 struct PlaceArguments {
   GateShape shape;
-  const int64_t* expert = nullptr;  // [K, T], distinct ones for a token
+  const int64_t* expert = nullptr;  // [K, T], distinct ones for a token unless by_choice
   int64_t route_step = 0;
   int64_t token_step = 0;
   const bool* kept = nullptr;
@@ -29,7 +29,8 @@ struct PlaceArguments {
   int64_t* counts = nullptr;  // [E] routes, with a place or without
 };
 
-// The weights of routes that have a place; total: of a token's probs, given or (finds_total) found, route after route.
+// The weights of routes: their probs, 0 without a place, NaN where the token's probs are; divided by total, what a
+// token's probs add up to, given or (finds_total) found, route after route.
 struct WeighArguments {
   GateShape shape;
   const float* probs = nullptr;     // [T, E]
@@ -43,11 +44,10 @@ struct GateGradientArguments {
   GateShape shape;
   const float* probs = nullptr;        // [T, E]
   const int32_t* placed = nullptr;     // [K, T]
-  const float* weight = nullptr;       // [K, T]
   const float* total = nullptr;        // [T]
   const float* share = nullptr;        // [E]
-  const float* weight_grad = nullptr;  // [K, T]
-  const float* loss_grad = nullptr;    // [1]
+  const float* weight_grad = nullptr;  // [K, T], nullptr: zeros
+  const float* loss_grad = nullptr;    // [1], nullptr: zero
   float loss_factor = 1;
   float* logits_grad = nullptr;  // [T, E]
 };

@@ -23,18 +23,17 @@ void bind_gate(py::module_& module) {
       py::arg("drops_at_random"), NoGil());
   module.def(
       "gate_gradient",
-      [](at::Tensor expert, at::Tensor weight, at::Tensor probs, at::Tensor total, at::Tensor share,
-         const at::Tensor& weight_grad, const at::Tensor& loss_grad) {
+      [](at::Tensor expert, at::Tensor probs, at::Tensor total, at::Tensor share,
+         const std::optional<at::Tensor>& weight_grad, const std::optional<at::Tensor>& loss_grad) {
         GateDecision decision;
         decision.expert = std::move(expert);
-        decision.weight = std::move(weight);
         decision.probs = std::move(probs);
         decision.total = std::move(total);
         decision.share = std::move(share);
         return gate_gradient(decision, weight_grad, loss_grad);
       },
-      py::arg("expert"), py::arg("weight"), py::arg("probs"), py::arg("total"), py::arg("share"),
-      py::arg("weight_grad"), py::arg("loss_grad"), NoGil());
+      py::arg("expert"), py::arg("probs"), py::arg("total"), py::arg("share"), py::arg("weight_grad"),
+      py::arg("loss_grad"), NoGil());
   module.def("gate_runs_on", &gate_runs_on, py::arg("tensor"));
 }
 

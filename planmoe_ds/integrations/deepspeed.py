@@ -33,7 +33,7 @@ from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.integrations.activation import LayerFacts, device_of, make_engine_layers, report_failure, settings_of
 from planmoe_ds.integrations.deepspeed_checkpoints import watch_checkpoints
-from planmoe_ds.integrations.deepspeed_gate import quicken
+from planmoe_ds.integrations.deepspeed_gate import choose_gates
 from planmoe_ds.layer import ExpertParallelLayer, combine
 from planmoe_ds.plan import Routes
 from planmoe_ds.session import Session
@@ -203,6 +203,7 @@ def _activate_layers(
     if device.type == "cuda":
         for layer in layers:  # the optimizer, which keeps views, is not built yet
             share_storage(list(layer.experts.deepspeed_experts))
+    choose_gates([layer.gate for layer in layers], device, exact=config.resolved_exactness is Exactness.EXACT)
     # tensor-parallel ranks hold the same tokens; an expert that is split between them needs every token on all of them
     divides_tokens = tensor_parallel_size > 1 and not _splits_experts()
     if _splits_experts():
@@ -217,8 +218,6 @@ def _activate_layers(
         layer.planmoe = engine_layer
         layer.tensor_parallel = TensorParallelSplit(made.groups["tensor parallel"], index) if divides_tokens else None
         layer.stock_trial = None
-        if config.resolved_exactness is not Exactness.EXACT:  # the router's gradients are rounded otherwise
-            quicken(layer.gate, device)
         decides_alone = in_buckets and groups._get_expert_data_parallel_world_size(layer.ep_group_name) > 1
         if config.chooses_everything and tensor_parallel_size == 1 and _stock_is_bounded(layer) and not decides_alone:
             trial_log.num_waiting += 1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import _nccl
 from benchmarks._nccl import side_by_side
 
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"
@@ -21,7 +24,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv(PIPES, raising=False)
-    monkeypatch.delenv("PLANMOE_MPS", raising=False)
+    monkeypatch.setattr(_nccl, "_DEFAULT_PIPES", tmp_path / "default")
     return log
 
 
@@ -41,15 +44,36 @@ def test_does_not_start(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert log.read_text().split() == ["-d"]
 
 
-@pytest.mark.parametrize(
-    ("ranks_per_card", "variables"), [(1, {}), (2, {"PLANMOE_MPS": "0"}), (2, {PIPES: "/run/another"})]
-)
-def test_not_wanted(log: Path, monkeypatch: pytest.MonkeyPatch, ranks_per_card: int, variables: dict[str, str]) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with side_by_side(ranks_per_card) as service:
+def test_not_wanted(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with side_by_side(1) as service:
+        assert service == {}
+    monkeypatch.setenv(PIPES, "/run/another")
+    with side_by_side(2) as service:
         assert service == {}
     assert not log.exists()
+
+
+def test_one_that_runs_is_used(log: Path, tmp_path: Path) -> None:
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default" / "control").touch()
+    with side_by_side(2) as service:
+        assert service == {PIPES: str(tmp_path / "default")}
+    assert not log.exists()
+
+
+def test_one_that_does_not_end(log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = subprocess.run
+
+    def slow(*args: Any, timeout: float | None = None, **options: Any) -> Any:
+        if timeout is not None:
+            raise subprocess.TimeoutExpired("quit", timeout)
+        return run(*args, **options)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    with side_by_side(2):
+        pass
+    assert log.read_text().split() == ["-d"]
+    assert "did not end in 30 s" in capsys.readouterr().err
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
