@@ -51,6 +51,7 @@ class _Router(torch.autograd.Function):
         ctx.dtypes = tokens.dtype, weight.dtype
         tokens, weight = tokens.float(), weight.float()
         found = decide_gate(functional.linear(tokens, weight), **vars(options))
+        weight = weight.detach()  # the numbers of now, whatever the parameter holds later
         ctx.save_for_backward(tokens, weight, found.expert, found.probs, found.total, found.share)
         ctx.mark_non_differentiable(found.expert, found.slot, found.counts)
         ctx.set_materialize_grads(False)

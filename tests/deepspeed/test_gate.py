@@ -198,6 +198,22 @@ def test_frozen_parts_and_outputs_that_are_changed() -> None:
     assert int(decide(gate, tokens)[1]) == int(decision[1])
 
 
+@pytest.mark.parametrize("kind", [TopKGate, PlanMoEGate])
+def test_a_weight_that_is_exchanged_before_backward(kind: type[TopKGate]) -> None:
+    """Gradients of the tokens are of the numbers that were there in forward."""
+    found = []
+    for exchanged in (False, True):
+        gate, tokens = make_gate(), make_tokens(30).requires_grad_()
+        gate.__class__ = kind
+        decision = decide(gate, tokens)
+        if exchanged:
+            gate.wg.weight.data = torch.zeros_like(gate.wg.weight)
+        found.append(gradients(gate, tokens, decision)[1])
+    assert found[0] is not None
+    assert found[1] is not None
+    assert torch.equal(found[0], found[1])
+
+
 def test_backward_twice() -> None:
     gate = quick(make_gate())
     weight = decide(gate, make_tokens(30))[5]
@@ -340,7 +356,11 @@ def keeping_all(stock: Any, *args: Any, **kwargs: Any) -> Any:
     return loss, capacity + 1, *others
 
 
-@pytest.mark.parametrize("change", [doubled, drawing_more, keeping_all])
+def refusing(stock: Any, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError("too few tokens")
+
+
+@pytest.mark.parametrize("change", [doubled, drawing_more, keeping_all, refusing])
 @pytest.mark.parametrize(("k", "name"), [(1, "top1gating"), (2, "top2gating"), (8, "topkgating")])
 def test_another_deepspeed_keeps_its_router(monkeypatch: pytest.MonkeyPatch, change: Any, k: int, name: str) -> None:
     stock = getattr(sharded_moe, name)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
@@ -17,6 +18,7 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parents[2]
 _STARTER = "import sys; sys.path.insert(0, sys.argv[1]); from tests.harness.forks import main; main(int(sys.argv[2]))"
 _POLL_SECONDS = 0.01
+_ANSWER_SECONDS = 240
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,16 @@ class ForkRequest:
     environment: Mapping[str, str]
 
 
+class ForkServerError(RuntimeError):
+    """The fork server ended, hangs, or was interrupted: another one has to be started."""
+
+
 class ForkServer:
-    """The process, as the test process sees it; started when it is first needed."""
+    """The process, as the test process sees it."""
 
     def __init__(self, output: Path, environment: Mapping[str, str]) -> None:
+        self._output = output
+        self._is_asked = False  # and has not answered
         self._connection, childs_end = Pipe()
         with output.open("wb") as file:
             self._process = subprocess.Popen(
@@ -46,23 +54,47 @@ class ForkServer:
             )
         childs_end.close()
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether it runs, and no answer is left over of a question that was interrupted."""
+        return not self._is_asked and self._process.poll() is None
+
     def fork(self, request: ForkRequest, descriptor: int) -> ForkedProcess:
-        """A new process with `descriptor` as its end of a pipe."""
-        self._connection.send(request)
-        send_handle(self._connection, descriptor, self._process.pid)
-        return ForkedProcess(self, self._connection.recv())
+        """A new process with `descriptor` as its end of a pipe; ForkServerError."""
+        pid = self._ask(request, descriptor)
+        assert pid is not None
+        return ForkedProcess(self, pid)
 
     def exit_code(self, pid: int) -> int | None:
-        """As Popen.returncode; None while the process runs."""
-        self._connection.send(pid)
-        code: int | None = self._connection.recv()
-        return code
+        """As Popen.returncode, once; None while the process runs. ForkServerError."""
+        return self._ask(pid)
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and with it, a second later, those it forked."""
         self._connection.close()
         self._process.kill()
         self._process.wait()
+
+    def _ask(self, question: ForkRequest | int, descriptor: int | None = None) -> int | None:
+        if not self.is_usable:
+            raise ForkServerError(self._trouble())
+        self._is_asked = True
+        try:
+            self._connection.send(question)
+            if descriptor is not None:
+                send_handle(self._connection, descriptor, self._process.pid)
+            if not self._connection.poll(_ANSWER_SECONDS):
+                raise ForkServerError(f"no answer in {_ANSWER_SECONDS} s: {self._trouble()}")
+            answer: int | None = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise ForkServerError(self._trouble()) from error
+        self._is_asked = False
+        return answer
+
+    def _trouble(self) -> str:
+        code = self._process.poll()
+        state = "was interrupted or hangs" if code is None else f"ended with exit code {code}"
+        return f"the fork server of the rank processes {state}; it printed\n{self._output.read_text(errors='replace')}"
 
 
 class ForkedProcess:
@@ -75,7 +107,10 @@ class ForkedProcess:
     def poll(self) -> int | None:
         """The exit code, negative for a signal's; None while the process runs."""
         if self._code is None:
-            self._code = self._server.exit_code(self.pid)
+            try:
+                self._code = self._server.exit_code(self.pid)
+            except ForkServerError:  # its processes end with it
+                self._code = -signal.SIGKILL
         return self._code
 
     def wait(self, timeout: float = 60.0) -> int:
@@ -108,36 +143,31 @@ def main(descriptor: int) -> None:
 
 def _serve(connection: Connection) -> Callable[[], None] | None:
     """What a forked child has to do; None in the server itself, once the test process is gone."""
-    codes: dict[int, int] = {}
     while True:
         try:
-            message = connection.recv()
+            question = connection.recv()
         except EOFError:
             return None
-        if isinstance(message, int):
-            if message not in codes:
-                pid, status = os.waitpid(message, os.WNOHANG)
-                if pid:
-                    codes[message] = os.waitstatus_to_exitcode(status)
-            connection.send(codes.get(message))
+        if isinstance(question, int):
+            pid, status = os.waitpid(question, os.WNOHANG)
+            connection.send(os.waitstatus_to_exitcode(status) if pid else None)
             continue
         descriptor = recv_handle(connection)
         pid = os.fork()
         if pid == 0:
             connection.close()
-            return lambda: _be_a_rank(message, descriptor)
+            return partial(_be_a_rank, question, descriptor)
         os.close(descriptor)
+        os.setpgid(pid, pid)  # before anybody can kill the group
         connection.send(pid)
 
 
 def _be_a_rank(request: ForkRequest, descriptor: int) -> None:
     from tests.harness.worker import serve
 
-    os.setsid()
     with request.output.open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.environ.clear()
     os.environ.update(request.environment)
-    signal.set_wakeup_fd(-1)
     serve(Connection(descriptor), str(request.stacks), request.backend)

@@ -14,6 +14,7 @@ In a test, through the session fixture `ranks`:
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ class RankPool:
         self._preload = preload
         self._processes: dict[int, RankProcess] = {}  # by rank
         self._servers: list[ForkServer] = []
+        self._hash_seeds = random.SystemRandom().sample(range(1 << 32), 2)
         self._num_paths = 0
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
 
@@ -81,11 +83,13 @@ class RankPool:
         environments = [{**self._place(rank), **env} for rank, env in enumerate(environments)]
         calls = make_calls(function, arguments, environments, self._new_path("store"))
         fresh |= bare
-        processes = self._start(environments, forks=not bare, preload=False) if fresh else self._reuse(world_size)
+        everyone = range(world_size)
+        processes = self._start(everyone, environments, forks=not bare) if fresh else self._reuse(world_size)
         outcomes = _converse_or_kill(processes, calls, timeout, expect_failure)
         try:
             if not expect_failure and any(outcome.failed for outcome in outcomes):
-                raise RankError(describe(function.__qualname__, outcomes, processes), outcomes)
+                message = describe(function.__qualname__, outcomes, processes)
+                raise RankError(f"{message}\n(PYTHONHASHSEED by rank in turn: {self._hash_seeds})", outcomes)
         finally:
             if fresh:
                 _kill(processes)
@@ -93,15 +97,17 @@ class RankPool:
 
     def close(self) -> None:
         """End every process and delete the pool's files."""
-        _kill(list(self._processes.values()))
-        for server in self._servers:
-            server.close()
-        self._folder.cleanup()
+        try:
+            _kill(list(self._processes.values()))
+        finally:
+            self._close(self._servers)
+            self._folder.cleanup()
 
     def _reuse(self, world_size: int) -> list[RankProcess]:
         alive = {rank for rank, process in self._processes.items() if process.is_alive}
         missing = [rank for rank in range(world_size) if rank not in alive]
-        started = self._start([self._place(rank) for rank in missing], forks=self._preload, preload=self._preload)
+        environments = [self._place(rank) for rank in missing]
+        started = self._start(missing, environments, forks=self._preload, preload=self._preload)
         self._processes.update(zip(missing, started, strict=True))
         return [self._processes[rank] for rank in range(world_size)]
 
@@ -113,20 +119,30 @@ class RankPool:
         host = {"NCCL_HOSTID": f"host{rank // self._ranks_per_host}"} if self._ranks_per_host else {}
         return {"LOCAL_RANK": str(rank % torch.cuda.device_count()), **host, **caches}
 
-    def _start(self, environments: Sequence[Mapping[str, str]], *, forks: bool, preload: bool) -> list[RankProcess]:
+    def _start(
+        self, ranks: Sequence[int], environments: Sequence[Mapping[str, str]], *, forks: bool, preload: bool = False
+    ) -> list[RankProcess]:
         """Forked from processes with DeepSpeed imported, or interpreters of their own; CUDA does not bear forks."""
         sources = self._fork_servers() if forks and self._backend == "gloo" else [None]
         return [
-            RankProcess(self._new_path("rank"), self._backend, env, preload, sources[place % len(sources)])
-            for place, env in enumerate(environments)
+            RankProcess(self._new_path("rank"), self._backend, env, preload, sources[rank % len(sources)])
+            for rank, env in zip(ranks, environments, strict=True)
         ]
 
     def _fork_servers(self) -> Sequence[ForkServer]:
         """Two, so that not all ranks iterate over sets of strings in one order."""
-        while len(self._servers) < 2:
-            environment = start_environment(self._backend, {"PYTHONHASHSEED": str(len(self._servers))})
-            self._servers.append(ForkServer(self._new_path("server"), environment))
+        for place, seed in enumerate(self._hash_seeds):
+            if place == len(self._servers) or not self._servers[place].is_usable:
+                environment = start_environment(self._backend, {"PYTHONHASHSEED": str(seed)})
+                server = ForkServer(self._new_path("server"), environment)
+                self._close(self._servers[place : place + 1])
+                self._servers[place : place + 1] = [server]
         return self._servers
+
+    @staticmethod
+    def _close(servers: Sequence[ForkServer]) -> None:
+        for server in servers:
+            server.close()
 
     def _new_path(self, kind: str) -> Path:
         self._num_paths += 1

@@ -27,17 +27,17 @@ _PARENT_POLL_SECONDS = 1.0
 
 
 def main(descriptor: int, stack_file: str, backend: str, preload: bool) -> None:
-    """A process of its own: serve()."""
-    if preload:
-        state.preload_deepspeed()
-    serve(Connection(descriptor), stack_file, backend)
+    """An interpreter of its own: serve()."""
+    serve(Connection(descriptor), stack_file, backend, preload=preload)
 
 
-def serve(connection: Connection, stack_file: str, backend: str) -> None:
+def serve(connection: Connection, stack_file: str, backend: str, *, preload: bool = False) -> None:
     """Serve calls arriving on the pipe until the test process closes it."""
     stacks = Path(stack_file).open("w")  # noqa: SIM115 - the signal handler writes to it until exit
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), name="parent-watch", daemon=True).start()
+    if preload:
+        state.preload_deepspeed()
     while True:
         try:
             call = connection.recv()

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.harness.forks import ForkRequest, ForkServer, ForkServerError
+from tests.harness.process import RankProcess
 from tests.harness.ranks import RankError, RankOutcome, RankPool, RankTimeout
 
 pytestmark = pytest.mark.distributed
@@ -140,6 +142,54 @@ def hash_of_a_name() -> int:
 @pytest.mark.parametrize("options", [{}, {"fresh": True}, {"bare": True}], ids=str)
 def test_ranks_iterate_over_sets_in_orders_of_their_own(ranks: RankPool, options: dict[str, bool]) -> None:
     assert len(set(ranks.run(4, hash_of_a_name, **options))) > 1
+
+
+def test_also_where_they_come_one_by_one() -> None:
+    pool = RankPool()
+    try:
+        for size in (1, 2, 3):
+            hashes = pool.run(size, hash_of_a_name)
+        assert len(set(hashes)) == 2
+    finally:
+        pool.close()
+
+
+def test_a_rank_can_be_killed_at_once(ranks: RankPool, tmp_path: Path) -> None:
+    source = ranks._fork_servers()[0]
+    for number in range(10):
+        process = RankProcess(tmp_path / str(number), "gloo", {}, preload=False, source=source)
+        begin = time.monotonic()
+        process.kill()
+        assert time.monotonic() - begin < 5
+        assert not process.is_alive
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_a_fork_server_that_is_gone_is_replaced(how: str) -> None:
+    pool = RankPool()
+    try:
+        kept = pool.run(2, process_state)
+        server = pool._servers[0]
+        if how == "killed":
+            server._process.kill()
+            server._process.wait()
+        else:
+            server._is_asked = True  # as an exception between question and answer leaves it
+        with pytest.raises(ForkServerError, match="fork server of the rank processes"):
+            server.exit_code(1)
+        again = pool.run(2, process_state)
+        assert kept[0]["process"] != again[0]["process"]
+        assert kept[1]["process"] == again[1]["process"]
+        assert server._process.poll() is not None
+    finally:
+        pool.close()
+
+
+def test_a_fork_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    server = ForkServer(tmp_path / "output", {**os.environ, "PYTHONPATH": "", "DS_ACCELERATOR": "abacus"})
+    with pytest.raises(ForkServerError, match=r"(?s)ended with exit code 1.*abacus"):
+        server.fork(ForkRequest(tmp_path / "a", tmp_path / "b", "gloo", {}), 0)
+    server.close()
 
 
 def test_error_shows_every_failed_rank(ranks: RankPool) -> None:

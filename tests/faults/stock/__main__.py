@@ -29,7 +29,7 @@ def watch(function: Callable[..., steps.Found], *arguments: object, seconds: flo
     pool = RankPool(preload=False)
     found: dict[int, steps.Found] = {}
     try:
-        outcomes = pool.run(RANKS, function, *arguments, expect_failure=True, fresh=True, timeout=seconds)
+        outcomes = pool.run(RANKS, function, *arguments, expect_failure=True, bare=True, timeout=seconds)
     except RankTimeout as error:
         outcomes = error.outcomes
         found = {rank: steps.Found("hangs", seconds) for rank in error.stuck}
