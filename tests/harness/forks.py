@@ -31,6 +31,22 @@ class ForkRequest:
     environment: Mapping[str, str]
 
 
+def start_interpreter(
+    code: str, descriptor: int, more: list[str], output: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Python that runs `code`, whose arguments are this project's folder, the descriptor of its pipe, and `more`."""
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(_ROOT), str(descriptor), *more],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            pass_fds=[descriptor],
+            start_new_session=True,
+        )
+
+
 class ForkServerError(RuntimeError):
     """The fork server ended, hangs, or was interrupted: another one has to be started."""
 
@@ -42,16 +58,7 @@ class ForkServer:
         self._output = output
         self._is_asked = False  # and has not answered
         self._connection, childs_end = Pipe()
-        with output.open("wb") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _STARTER, str(_ROOT), str(childs_end.fileno())],
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                pass_fds=[childs_end.fileno()],
-                start_new_session=True,
-            )
+        self._process = start_interpreter(_STARTER, childs_end.fileno(), [], output, environment)
         childs_end.close()
 
     @property

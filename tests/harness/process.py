@@ -6,15 +6,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from multiprocessing import Pipe
 from pathlib import Path
 
-from tests.harness.forks import ForkedProcess, ForkRequest, ForkServer
+from tests.harness.forks import ForkedProcess, ForkRequest, ForkServer, start_interpreter
 
-_ROOT = Path(__file__).resolve().parents[2]
 _STARTER = (
     "import sys; sys.path.insert(0, sys.argv[1]); from tests.harness.worker import main; "
     "main(int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5] == 'preload')"
@@ -59,17 +57,8 @@ class RankProcess:
             request = ForkRequest(self._output, self._stacks, backend, environment)
             self._process = source.fork(request, childs_end.fileno())
         else:
-            arguments = [str(_ROOT), str(childs_end.fileno()), str(self._stacks), backend]
-            with self._output.open("wb") as output:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", _STARTER, *arguments, "preload" if preload else "bare"],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[childs_end.fileno()],
-                    start_new_session=True,
-                )
+            arguments = [str(self._stacks), backend, "preload" if preload else "bare"]
+            self._process = start_interpreter(_STARTER, childs_end.fileno(), arguments, self._output, environment)
         childs_end.close()
 
     @property
