@@ -117,7 +117,7 @@ def quality(kinds: dict[str, Any]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"codec": name, "bits": codec.row_bytes(HIDDEN, dtype) * 8 / HIDDEN, "error": {}}
         for kind, values in kinds.items():
             wanted = values.to(dtype)
-            if not codec.fits(wanted):
+            if codec.misfits(wanted):
                 row["error"][kind] = math.nan
                 continue
             decoded = torch.empty_like(wanted)

@@ -39,6 +39,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "planmoe pipe": {**SAME, "comm": "pipe", "chunks": 1},
     "planmoe dedup": {**SAME, "comm": "dedup", "chunks": 1},
     "planmoe dedup, 2 chunks": {**SAME, "comm": "dedup", "chunks": 2, "scheduler": "optimal"},
+    "planmoe dedup, lossless": {**SAME, "comm": "dedup", "chunks": 1, "compression": {"inter": "lossless"}},
+    "planmoe dedup, lossless, 2 chunks": {
+        **SAME, "comm": "dedup", "chunks": 2, "scheduler": "optimal", "compression": {"inter": "lossless"},
+    },
     "planmoe dedup, e4m7": {"comm": "dedup", "chunks": 1, "compression": {"inter": "e4m7"}},
     "planmoe dedup, e4m7, 2 chunks": {
         "comm": "dedup", "chunks": 2, "scheduler": "optimal", "compression": {"inter": "e4m7"},
@@ -49,7 +53,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "planmoe auto": {"comm": "auto", "chunks": "auto", "scheduler": "auto"},
 }  # fmt: skip
-SAME_BITS = {  # as those without the codec, where all rows fit it
+SAME_BITS = {  # as those without the codec; with e4m7, where all rows fit it
+    "planmoe dedup, lossless": "planmoe dedup",
+    "planmoe dedup, lossless, 2 chunks": "planmoe dedup, 2 chunks",
     "planmoe dedup, e4m7": "planmoe dedup",
     "planmoe dedup, e4m7, 2 chunks": "planmoe dedup, 2 chunks",
 }

@@ -150,10 +150,13 @@ class Compressor:
         """Whether the wire holds the values themselves."""
     @property
     def may_refuse(self) -> bool:
-        """Whether `fits` may be False."""
+        """Whether there are rows that it cannot carry; they come back as NaN, in whole blocks."""
 
-    def fits(self, rows: torch.Tensor) -> bool:
-        """False when a row of [N, hidden] cannot be carried."""
+    def misfits(self, rows: torch.Tensor) -> torch.Tensor:
+        """int32 [1] on the rows' device, not zero where a row of [N, hidden] cannot be carried."""
+
+    def take_refused(self, device: torch.device) -> bool:
+        """Whether a row encoded there since the last call could not be carried; waits until they are encoded."""
 
     def encode(self, rows: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor: ...
     def encode_into(self, rows: torch.Tensor, index: torch.Tensor | None, wire: torch.Tensor) -> None: ...

@@ -9,6 +9,7 @@ goes to other experts on other ranks, so what was lost belongs to nothing that f
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -34,9 +35,23 @@ class LinkCodecs:
         codec = make_compressor(name)
         return cls(codec, codec, make_compressor(NONE))
 
-    def fit(self, rows: torch.Tensor) -> bool:
-        """Whether these codecs can carry all of `rows` [R, H]."""
-        return all(codec.fits(rows) for codec in (self.near, self.far) if codec.may_refuse)
+    @property
+    def may_refuse(self) -> bool:
+        """Whether there are rows that one of them cannot carry."""
+        return bool(self._refusing)
+
+    def misfits(self, rows: torch.Tensor) -> torch.Tensor:
+        """int32 [1] on the rows' device, not zero where one of `rows` [R, H] cannot be carried; needs `may_refuse`."""
+        return torch.stack([codec.misfits(rows) for codec in self._refusing]).amax(0)
+
+    def take_refused(self, device: torch.device) -> bool:
+        """Whether a row that was encoded on `device` since the last call could not be carried; waits for encoders."""
+        refused = [codec.take_refused(device) for codec in self._refusing]  # every one starts anew
+        return any(refused)
+
+    @cached_property
+    def _refusing(self) -> list[Compressor]:
+        return [codec for codec in (self.near, self.far, self.inner) if codec.may_refuse]
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from planmoe_ds import backend
 
@@ -101,6 +101,10 @@ class CompressionConfig(Section):
         """True when every codec returns its input bit for bit."""
         return all(backend.make_compressor(name).lossless for name in self.names())
 
+    def may_refuse(self) -> bool:
+        """True when there are rows that a codec cannot carry."""
+        return any(backend.make_compressor(name).may_refuse for name in self.names())
+
     def describe(self) -> str:
         """In a few words."""
         words = []
@@ -122,18 +126,6 @@ class CompressionConfig(Section):
         return (
             value if isinstance(value, Mapping | LinkNames) else dict.fromkeys(("inter", "intra"), known_codec(value))
         )
-
-    @model_validator(mode="after")
-    def _can_be_agreed_on(self) -> CompressionConfig:
-        late = [("sums", self.sums)]
-        late += [(way, name) for way in DIRECTIONS[1:] for name in astuple(self.links(way))]
-        for way, name in late:
-            if backend.make_compressor(name).may_refuse:
-                raise ValueError(
-                    f"{way} is '{name}', which carries tokens on their way out only: there alone the ranks can agree, "
-                    f'before rows travel, that all of them fit. Write {{"dispatch": "{name}"}}'
-                )
-        return self
 
 
 def expand_compression(value: object) -> object:

@@ -58,6 +58,7 @@ def connect(
         for ranks in mine:
             nodes = list(topology.subset(ranks).node_of_rank)
             comms[ranks] = make_comm(choices[ranks].name, made[ranks], nodes, device, milliseconds)
+        for_hosts = _make_host_groups(distinct, config, device, timeout)
     numbers = {ranks: distinct.index(ranks) for ranks in mine}
     watchdog, job = None, 0
     if dist.get_world_size() > 1:
@@ -67,9 +68,21 @@ def connect(
     connected: dict[tuple[int, ...], ExpertGroup] = {}
     for ranks, comm in comms.items():
         width = _counts_width(comm, loads.get(ranks), _most_chunks(config))
-        connected[ranks] = ExpertGroup(comm, ranks, ledger, numbers[ranks], choices[ranks], costs, width, watchdog, job)
+        connected[ranks] = ExpertGroup(
+            comm, ranks, ledger, numbers[ranks], choices[ranks], costs, width, watchdog, job, for_hosts.get(ranks)
+        )
         weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends
     return {name: connected[tuple(ranks)] for name, ranks in my_groups.items()}
+
+
+def _make_host_groups(
+    distinct: list[tuple[int, ...]], config: PlanMoEConfig, device: torch.device, timeout: timedelta
+) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """Over gloo, for codecs that may refuse rows of an accelerator."""
+    compression = config.compression
+    if device.type == "cpu" or isinstance(compression, str) or not compression.may_refuse():
+        return {}
+    return {ranks: dist.new_group(list(ranks), timeout=timeout, backend="gloo") for ranks in distinct if len(ranks) > 1}
 
 
 def _most_chunks(config: PlanMoEConfig) -> int:

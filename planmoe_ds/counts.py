@@ -76,7 +76,7 @@ class Talk:
     """One layer call's exchange of messages.
 
     num_experts: E; row_bytes: of one token on the wire between nodes; notes: numbers to tell the other ranks, as many
-    on every rank.
+    on every rank; first_note: the first of them where it is on the tokens' device still, int32 [1].
     """
 
     num_experts: int
@@ -87,6 +87,7 @@ class Talk:
     group: ExpertGroup
     recorder: Recorder
     label: Label
+    first_note: torch.Tensor | None = None
 
     def agree(self, expert_KT: torch.Tensor) -> Agreement:
         """Order this rank's tokens and exchange the counts.
@@ -101,6 +102,8 @@ class Talk:
         order = order_tokens(expert=expert_KT.long().cpu().contiguous(), **self._order_settings())
         sent = _counts(order, group.size, group.comm.passes_on)
         opening, counts = self._opening(), sent.pack()
+        if self.first_note is not None:
+            opening[:, -len(self.notes)] = int(self.first_note)
         filler = np.zeros((group.size, group.counts_filler(counts.shape[1])), dtype=np.int64)
         message = torch.from_numpy(np.concatenate([opening, counts, filler], axis=1))
         _, received = self._exchange(torch.stack([message, message]).to(expert_KT.device))
@@ -121,6 +124,8 @@ class Talk:
         blank.numpy()[:, :first] = opening
         both = torch.empty((2, *blank.shape), dtype=blank.dtype, device=expert_KT.device)
         message = both[0].copy_(blank, non_blocking=True)
+        if self.first_note is not None:
+            message[:, first - len(self.notes)] = self.first_note
         ordered = order_tokens_on_device(
             expert=expert_KT,
             **self._order_settings(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.distributed as dist
 
 from planmoe_ds.backend import (
     ChunkRows,
@@ -22,6 +24,8 @@ from planmoe_ds.choose import Choice
 from planmoe_ds.costs import ClusterCosts
 from planmoe_ds.headers import AGREEMENT_PHASE
 from planmoe_ds.watchdog import NO_NUMBER, Watchdog
+
+_POLL_SECONDS = 20e-6
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class ExpertGroup:
     ledger: the launches of all groups of this process; number: this group's among them, the same on every rank;
     choice: the all-to-all in use, and why; costs: of the cluster's links, where something is left to be chosen by them;
     counts_width: int64 numbers that the widest counts of any layer take; watchdog: None in a world of one rank; job: a
-    number that all ranks of the job have and hardly any other job.
+    number that all ranks of the job have and hardly any other job; host_group: the same ranks over gloo, where
+    exchanges are an accelerator's and hosts have something to ask each other.
     """
 
     comm: Comm
@@ -79,6 +84,7 @@ class ExpertGroup:
     counts_width: int = 0
     watchdog: Watchdog | None = None
     job: int = 0
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def rank(self) -> int:
@@ -162,6 +168,22 @@ class ExpertGroup:
     def told_by_first(self, values: torch.Tensor, what: str) -> torch.Tensor:
         """The values of the group's first rank; the others' say shape and dtype; see told_by_all."""
         return self.told_by_all(values, what)[0]
+
+    def any_rank_says(self, says: bool, what: str) -> bool:
+        """Whether any rank does; collective. Where exchanges are an accelerator's, this waits behind none of them."""
+        if self.host_group is None:
+            return bool(self.told_by_all(torch.tensor([says], dtype=torch.int32), what).any())
+        told = torch.tensor([says], dtype=torch.int32)
+        watched = nullcontext() if self.watchdog is None else self.watchdog.waiting(self.number, NO_NUMBER, what)
+        with watched:
+            work = dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
+            assert work is not None
+            while not work.is_completed():
+                if self.watchdog is not None:
+                    self.watchdog.check()
+                time.sleep(_POLL_SECONDS)
+            work.wait()
+        return bool(told)
 
     def counts_filler(self, width: int) -> int:
         """Numbers to add to counts of this width, so that those of all layers are equally wide."""

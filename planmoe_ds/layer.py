@@ -30,6 +30,7 @@ from planmoe_ds.plan import BufferRequest, Routes, RoutingPlan, build_plan
 from planmoe_ds.plan_store import PlanStore
 from planmoe_ds.planner import CallOrders
 from planmoe_ds.recorder import Label, Recorder
+from planmoe_ds.refusals import Refusals
 from planmoe_ds.rows import RowOrder, add_at, order_rows
 from planmoe_ds.wire import token_columns
 
@@ -54,11 +55,13 @@ class ExpertParallelLayer:
     _grouped: GroupedExperts | None = field(default=None, init=False)  # of the last experts
     _modules: tuple[nn.Module, ...] = field(default=(), init=False)
     _num_calls: int = field(default=0, init=False)
+    _refusals: Refusals = field(init=False)
     _decided: tuple[int, CallOrders] | None = field(default=None, init=False)  # chunks and orders of the last call
     _planner: Planner = field(init=False)
 
     def __post_init__(self) -> None:
         store = None if self.config.plans is None else PlanStore(Path(self.config.plans), self.index)
+        self._refusals = Refusals(self.index, speaks=self.group.rank == 0)
         self._planner = make_planner(self.config, self.group, self.index, store, self.log)
 
     def forward(self, tokens_TH: torch.Tensor, routes: Routes, experts: Experts) -> torch.Tensor:
@@ -94,6 +97,7 @@ class ExpertParallelLayer:
         columns = token_columns(routes.expert_KT, routes.weight_KT, routes.num_experts, order)
         header = self._header(tokens_TH, routes)
         label = Label("plan", self.index, -1, "forward")
+        dispatch = self._codecs_in_force.dispatch
         talk = Talk(
             num_experts=routes.num_experts,
             chunking=self._chunking,
@@ -103,6 +107,7 @@ class ExpertParallelLayer:
             group=self.group,
             recorder=self.recorder,
             label=label,
+            first_note=dispatch.misfits(tokens_TH.contiguous()) if dispatch.may_refuse else None,
         )
         buffer = BufferRequest(
             padded_capacity=routes.capacity if self._recreates_padding else None,
@@ -118,7 +123,8 @@ class ExpertParallelLayer:
         check_leaves = keep_graph and not self._leaves_checked
         call = LayerCall(
             plan, columns, tokens_TH.shape[1], tokens_TH.dtype, self._with_groups(experts, tokens_TH.device),
-            self.group, codecs, self.recorder, self.index, order, keep_graph, check_leaves, orders, meter,
+            self.group, codecs, self.recorder, self.index, order, keep_graph, check_leaves, orders, self._refusals,
+            meter,
         )  # fmt: skip
         result = run_experts(tokens_TH.contiguous(), routes.weight_KT, call)
         self._leaves_checked |= check_leaves
@@ -173,20 +179,23 @@ class ExpertParallelLayer:
         }
 
     def _notes(self, tokens_TH: torch.Tensor) -> tuple[int, ...]:
-        """For the other ranks: whether tokens must travel raw as no codec fits, how many they are, codecs' errors."""
-        codecs = self.codecs if self.guard is None else self.guard.codecs
-        raw, num_tokens = 0 if codecs.dispatch.fit(tokens_TH) else 1, tokens_TH.shape[0]
-        return raw, num_tokens, -num_tokens, *([] if self.guard is None else self.guard.notes())
+        """For the other ranks: whether tokens do not fit their codec, how many they are, codecs' errors."""
+        num_tokens = tokens_TH.shape[0]
+        return 0, num_tokens, -num_tokens, *([] if self.guard is None else self.guard.notes())
 
     def _agreed_codecs(self, plan: RoutingPlan, dtype: torch.dtype, trains: bool) -> tuple[Codecs, Meter | None]:
         """The codecs of a call, the same on all ranks of the group; with a meter if they are to be measured."""
-        raw, most, least, *errors = plan.notes
+        misfits, most, least, *errors = plan.notes
         self.has_been_uneven |= most != -least
         codecs, meter = self.codecs, None
         if self.guard is not None:
             codecs = self.guard.follow(errors, dtype, speaks=self.group.rank == 0)
             meter = self.guard.next_step() if trains else None
-        return codecs.with_raw_tokens() if raw else codecs, meter
+        return codecs.with_raw_tokens() if misfits else codecs, meter
+
+    @property
+    def _codecs_in_force(self) -> Codecs:
+        return self.codecs if self.guard is None else self.guard.codecs
 
     @property
     def planner(self) -> Planner:

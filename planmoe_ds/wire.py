@@ -36,6 +36,7 @@ from planmoe_ds.plan import ChunkPlan, RoutingPlan, SidePlan
 from planmoe_ds.rows import RowOrder
 
 Launch = Callable[[], SidedArrival]  # starts an exchange of rows that are packed already
+Pack = Callable[["Wire"], Launch]  # packs rows for a wire
 _MOST_SHORT_IDS = 1 << 15
 _PLACE_BYTES = 4
 _DEVICE_BYTES = 16  # accelerators read that much at once, so rows there start at multiples of it
@@ -119,6 +120,10 @@ class Wire:
     dtype: torch.dtype
     stays_here: bool = False
     measure: Callable[[str, Compressor, torch.Tensor], None] | None = None
+
+    def raw(self) -> Wire:
+        """The same without codecs."""
+        return replace(self, codecs=LinkCodecs.everywhere(NONE))
 
     def send_tokens(self, chunk: ChunkPlan, tokens: torch.Tensor, columns: TokenColumns | None) -> Launch:
         """Pack a chunk's tokens [T, H] to be sent; without columns they go where the last ones with columns went."""

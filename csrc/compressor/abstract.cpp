@@ -40,6 +40,10 @@ void AbstractCompressor::check_dtype(at::ScalarType dtype) const {
                     "this compressor takes float32, float16 or bfloat16 rows, got ", dtype);
 }
 
+at::Tensor AbstractCompressor::misfits(const at::Tensor& rows) const {
+  return at::zeros({1}, rows.options().dtype(at::kInt));
+}
+
 at::Tensor AbstractCompressor::encode(const at::Tensor& rows, const std::optional<at::Tensor>& index) const {
   check_rows("rows", rows);
   const auto num_rows = index ? index->numel() : rows.size(0);

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../registry.h"
+#include "refusals.h"
 
 namespace planmoe {
 
@@ -32,10 +33,18 @@ class AbstractCompressor {
   // Throws ValueError for a dtype that this codec cannot carry.
   virtual void check_dtype(at::ScalarType dtype) const;
 
-  // True for codecs that have a fixed size and yet keep every bit, so that they cannot carry all rows: then `fits` is
-  // false when a row of `rows` [R, H] cannot be carried.
-  virtual bool may_refuse() const { return false; }
-  virtual bool fits(const at::Tensor& /*rows*/) const { return true; }
+  // True for codecs that have a fixed size and yet keep every bit, so that they cannot carry all rows. What they cannot
+  // carry comes back as NaN; the engine asks, and sends what was refused as it is: see planmoe_ds/passes/base.py.
+  bool may_refuse() const { return refusals() != nullptr; }
+
+  // Where such a codec notes it, and its kernels: see RowArguments. It is changed by encoding.
+  virtual Refusals* refusals() const { return nullptr; }
+
+  // int32 [1] on the device of `rows` [R, H], not zero where one of them cannot be carried.
+  virtual at::Tensor misfits(const at::Tensor& rows) const;
+
+  // Whether a row that was encoded on `device` since the last call could not be carried; the host waits for encoders.
+  bool take_refused(c10::Device device) const { return may_refuse() && refusals()->take(device); }
 
   // rows [R, H] -> uint8 [N, row_bytes]; with `index` (int64 [N]) wire row i encodes rows[index[i]].
   at::Tensor encode(const at::Tensor& rows, const std::optional<at::Tensor>& index) const;

@@ -15,9 +15,8 @@
 //   e4m7 takes the largest exponent for base and turns what lies below the codes' reach into the nearest of 0 and
 //     2^-13 times the base's power of two: an error of 2^-14 of the block's largest value at most. A block that holds
 //     something that is not finite comes back as NaN.
-//   lossless refuses: no fixed size below 16 bits holds every row, so `fits` says beforehand whether all of a tensor's
-//     rows can be carried. The engine asks for tokens on their way to the experts, tells the group with the counts, and
-//     all of it sends raw rows in that layer call if any rank must (see planmoe_ds/layer.py).
+//   lossless refuses: no fixed size below 16 bits holds every row. The block comes back as NaN, and the codec notes it
+//     (see AbstractCompressor::take_refused): ranks that hear of it send raw rows.
 // Sums in float32 are rounded to bfloat16 first, as they are without a codec.
 #include "rows/e4m7.h"
 
@@ -59,35 +58,43 @@ class E4M7Compressor : public RowCodec {
 class LosslessCompressor final : public E4M7Compressor {
  public:
   bool lossless() const override { return true; }
-  bool may_refuse() const override { return true; }
   std::string device_kernels() const override { return "lossless"; }
 
-  bool fits(const at::Tensor& rows) const override {
+  at::Tensor misfits(const at::Tensor& rows) const override {
     check_dtype(rows.scalar_type());
-    if (const auto* kernels = planmoe::device_kernels(rows)) return kernels->fits_lossless(rows.contiguous());
+    auto found = at::zeros({1}, rows.options().dtype(at::kInt));
+    if (const auto* kernels = planmoe::device_kernels(rows)) {
+      kernels->find_misfits(rows.contiguous(), found);
+      return found;
+    }
     const auto on_host = rows.cpu().contiguous();
     const auto hidden = rows.size(1);
     const auto* values = on_host.const_data_ptr<at::BFloat16>();
-    std::atomic<bool> all{true};
+    std::atomic<int32_t> any{0};
     for_each_row(rows.size(0), hidden, [&](int64_t row) {
       thread_local std::vector<float> wide;
       thread_local std::vector<uint8_t> wire;
       wide.resize(hidden);
       wire.resize(e4m7::row_bytes(hidden));
       for (int64_t h = 0; h < hidden; ++h) wide[h] = values[row * hidden + h];
-      if (!e4m7::encode(wide.data(), hidden, wire.data())) all = false;
+      if (!e4m7::encode(wide.data(), hidden, wire.data())) any = 1;
     });
-    return all;
+    return found.fill_(any.load());
   }
 
+  Refusals* refusals() const override { return &refusals_; }
+
   void encode_row(const float* values, int64_t hidden, at::ScalarType /*dtype*/, uint8_t* wire) const override {
-    TORCH_CHECK_VALUE(e4m7::encode(values, hidden, wire),
-                      "lossless: the exponents of a row are too far apart for its fixed size; ask fits() before and "
-                      "send such rows with 'none'");
+    if (!e4m7::encode(values, hidden, wire, widest_vectors(), e4m7::Misfits::kNaN))
+      std::atomic_ref(*on_cpu_).store(1, std::memory_order_relaxed);
   }
 
  protected:
   const char* name() const override { return "lossless"; }
+
+ private:
+  mutable Refusals refusals_;
+  int32_t* on_cpu_ = refusals_.flag(at::kCPU);
 };
 
 PLANMOE_REGISTER_COMPRESSOR("e4m7", E4M7Compressor);

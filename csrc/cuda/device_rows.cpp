@@ -81,6 +81,14 @@ void run(const AbstractCompressor& codec, Operation operation, at::ScalarType wi
   check_launch(launch(arguments, c10::cuda::getCurrentCUDAStream(rows.device().index()).stream()));
 }
 
+void run_encoder(const AbstractCompressor& codec, Operation operation, at::ScalarType wire_dtype,
+                 const at::Tensor& rows, RowArguments arguments) {
+  auto* refusals = codec.refusals();
+  if (refusals) arguments.refused = refusals->flag(rows.device());
+  run(codec, operation, wire_dtype, rows, arguments);
+  if (refusals) refusals->note_kernels(rows.device());
+}
+
 }  // namespace
 
 bool DeviceRows::covers(const AbstractCompressor& codec, at::ScalarType rows, at::ScalarType dtype) const {
@@ -91,7 +99,7 @@ bool DeviceRows::covers(const AbstractCompressor& codec, at::ScalarType rows, at
 
 void DeviceRows::pack(const AbstractCompressor& codec, const at::Tensor& rows, const OptionalTensor& index,
                       at::ScalarType dtype, const at::Tensor& wire) const {
-  run(codec, &RowKernels::pack, dtype, rows, arguments_of(wire, rows, index));
+  run_encoder(codec, &RowKernels::pack, dtype, rows, arguments_of(wire, rows, index));
 }
 
 void DeviceRows::unpack(const AbstractCompressor& codec, const at::Tensor& wire, const at::Tensor& out,
@@ -115,7 +123,7 @@ void DeviceRows::fold(const AbstractCompressor& codec, const at::Tensor& rows, c
                       at::ScalarType dtype, const at::Tensor& wire) const {
   auto arguments = arguments_of(wire, rows);
   add_entries(arguments, spread, weighted, rows);
-  run(codec, &RowKernels::fold, dtype, rows, arguments);
+  run_encoder(codec, &RowKernels::fold, dtype, rows, arguments);
 }
 
 void DeviceRows::dot(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
@@ -143,18 +151,16 @@ void DeviceRows::sum(const AbstractCompressor& codec, const at::Tensor& wire, at
   run(codec, &RowKernels::sum, dtype, out, arguments);
 }
 
-bool DeviceRows::fits_lossless(const at::Tensor& rows) const {
+void DeviceRows::find_misfits(const at::Tensor& rows, const at::Tensor& found) const {
   TORCH_CHECK_VALUE(rows.dim() == 2 && rows.is_contiguous() && rows.scalar_type() == at::kBFloat16,
                     "rows must be contiguous bfloat16 [rows, hidden], got ", rows.scalar_type(), " ", rows.sizes());
   const c10::cuda::CUDAGuard guard(rows.device());
-  const auto refused = at::zeros({1}, rows.options().dtype(at::kInt));
   RowArguments arguments;
   arguments.rows = rows.data_ptr();
   arguments.num_rows = rows.size(0);
   arguments.hidden = rows.size(1);
-  arguments.refused = refused.data_ptr<int32_t>();
+  arguments.refused = found.mutable_data_ptr<int32_t>();
   check_launch(check_lossless(arguments, c10::cuda::getCurrentCUDAStream(rows.device().index()).stream()));
-  return refused.item<int32_t>() == 0;
 }
 
 void DeviceRows::gather(const at::Tensor& from, const at::Tensor& index, const at::Tensor& to) const {

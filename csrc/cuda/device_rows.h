@@ -29,7 +29,7 @@ class DeviceRows : public DeviceKernels {
            const at::Tensor& rows, const at::Tensor& result) const final;
   void sum(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype, const at::Tensor& returns,
            const std::optional<at::Tensor>& base, const at::Tensor& out) const final;
-  bool fits_lossless(const at::Tensor& rows) const final;
+  void find_misfits(const at::Tensor& rows, const at::Tensor& found) const final;
   void encode_zfp(const at::Tensor& rows, double rate, const at::Tensor& wire) const final;
   void decode_zfp(const at::Tensor& wire, double rate, const at::Tensor& rows) const final;
   void gather(const at::Tensor& from, const at::Tensor& index, const at::Tensor& to) const final;

@@ -12,6 +12,7 @@ struct WireRow {
   bool aligned;
   bool full;  // every lane has values in every unit
   int lane;
+  int32_t* refused;  // becomes 1 where the row cannot be carried
 
   // What columns are compared with: those of full rows always exist.
   __device__ __forceinline__ int64_t count() const { return full ? kAlways : hidden; }
@@ -50,7 +51,12 @@ struct Part {
 
 template <bool kFast>
 __device__ __forceinline__ WireRow wire_row(const Grid& grid, int64_t row, int lane) {
-  return {grid.rows.wire + row * grid.rows.wire_stride, grid.rows.hidden, kFast || grid.wire_aligned, kFast, lane};
+  return {grid.rows.wire + row * grid.rows.wire_stride,
+          grid.rows.hidden,
+          kFast || grid.wire_aligned,
+          kFast,
+          lane,
+          grid.rows.refused};
 }
 
 template <class Row>

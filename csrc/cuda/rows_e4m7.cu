@@ -1,7 +1,7 @@
 // e4m7 and lossless: bfloat16 rows with four bits for most exponents. Wire format: csrc/compressor/e4m7.cpp; bytes are the
 // same as there.
 //
-// A block that lossless cannot carry (ask check_lossless before) comes back as NaN. Half a warp works on a block, eight
+// A block that lossless cannot carry comes back as NaN, and it notes so. Half a warp works on a block, eight
 // values per lane as `none` has for bfloat16: dot products add in the same order, and rows that fit give the same bits.
 #include "row_launch.cuh"
 
@@ -163,7 +163,10 @@ struct E4M7 {
   static __device__ __forceinline__ void encode(const WireRow& wire, int64_t unit, const float (&values)[kLaneValues]) {
     const Place at(wire, unit);
     LanePart part(values, wire.lane);
-    if (!__all_sync(kAllLanes, part.fits)) part.round_off(kRefuse);
+    if (!__all_sync(kAllLanes, part.fits)) {
+      part.round_off(kRefuse);
+      if (kRefuse && !part.fits) *wire.refused = 1;
+    }
     store_rest(wire, at, part.rest);
     store_codes(wire, at, part.codes);
     const bool aligned = wire.full && wire.aligned;
@@ -279,9 +282,11 @@ bool add_both() {
   add_kernels_for<E4M7<false>, float>(rounding);
   add_kernels_for<E4M7<false>, __nv_bfloat16>(rounding);
   rounding.add[0] = launch_add<E4M7<false>, float>;
-  refusing.pack[kOwn] = launch_pack<E4M7<true>, __nv_bfloat16>;  // of tokens, which are not summed up
-  refusing.unpack[kOwn] = rounding.unpack[kOwn];
-  refusing.spread[kOwn] = rounding.spread[kOwn];
+  refusing = rounding;
+  refusing.pack[kScalarOf<float>] = launch_pack<E4M7<true>, float>;
+  refusing.pack[kOwn] = launch_pack<E4M7<true>, __nv_bfloat16>;
+  refusing.fold[kScalarOf<float>] = launch_fold<E4M7<true>, float>;
+  refusing.fold[kOwn] = launch_fold<E4M7<true>, __nv_bfloat16>;
   return add_row_kernels("e4m7", Scalar::kBFloat16, rounding) &&
          add_row_kernels("lossless", Scalar::kBFloat16, refusing);
 }

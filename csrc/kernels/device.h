@@ -38,8 +38,8 @@ class DeviceKernels {
                    const at::Tensor& rows, const at::Tensor& result) const = 0;
   virtual void sum(const AbstractCompressor& codec, const at::Tensor& wire, at::ScalarType dtype,
                    const at::Tensor& returns, const std::optional<at::Tensor>& base, const at::Tensor& out) const = 0;
-  // Whether lossless can carry bfloat16 rows; the host waits for the answer.
-  virtual bool fits_lossless(const at::Tensor& rows) const = 0;
+  // Sets `found`, int32 [1], where lossless cannot carry one of bfloat16 rows.
+  virtual void find_misfits(const at::Tensor& rows, const at::Tensor& found) const = 0;
   // zfp of whole rows, [N, H], H a multiple of 4 -> uint8 [N, row_bytes] and back, all contiguous.
   virtual void encode_zfp(const at::Tensor& rows, double rate, const at::Tensor& wire) const = 0;
   virtual void decode_zfp(const at::Tensor& wire, double rate, const at::Tensor& rows) const = 0;

@@ -83,7 +83,8 @@ void bind_compressors(py::module_& module) {
       .def_property_readonly("lossless", &AbstractCompressor::lossless)
       .def_property_readonly("identity", &AbstractCompressor::is_identity)
       .def_property_readonly("may_refuse", &AbstractCompressor::may_refuse)
-      .def("fits", &AbstractCompressor::fits, py::arg("rows"), NoGil())
+      .def("misfits", &AbstractCompressor::misfits, py::arg("rows"), NoGil())
+      .def("take_refused", &AbstractCompressor::take_refused, py::arg("device"), NoGil())
       .def("encode", &AbstractCompressor::encode, py::arg("rows"), py::arg("index") = py::none(), NoGil())
       .def("encode_into", &AbstractCompressor::encode_into, py::arg("rows"), py::arg("index"), py::arg("wire"), NoGil())
       .def("decode", &AbstractCompressor::decode, py::arg("wire"), py::arg("out"), py::arg("index") = py::none(),

@@ -11,9 +11,12 @@ from planmoe_ds.gradients import Totals
 from planmoe_ds.group import Sides
 from planmoe_ds.passes.base import ChunkGraph, LayerCall, Pass
 from planmoe_ds.plan import ChunkPlan
+from planmoe_ds.refusals import OnItsWay
 from planmoe_ds.rows import add_at
 from planmoe_ds.sums import Sums
-from planmoe_ds.wire import Launch
+from planmoe_ds.wire import Launch, Pack
+
+_GRADIENTS = "gradients of the outputs"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class BackwardPass(Pass):
     """The gradient of what the forward pass returned -> those of what it was given; takes chunks from `graphs`."""
 
     phase = "backward"
+    results_name = "the tokens' gradients"
 
     def __init__(
         self,
@@ -38,14 +42,14 @@ class BackwardPass(Pass):
         parameters: list[torch.Tensor],
         graphs: dict[int, ChunkGraph],
     ) -> None:
-        super().__init__(call, parameters, graphs)
+        out, back = (call.wire("gradients", dtype) for dtype in (grad.dtype, call.dtype))
+        super().__init__(call, parameters, graphs, out, back)
         self.grad = grad
-        self.out, self.back = (call.wire("gradients", dtype) for dtype in (grad.dtype, call.dtype))
+        self.misfits: OnItsWay | None = None
         self.keep = torch._C._autograd._get_current_graph_task_keep_graph()
         self.totals: Totals = [None] * len(parameters)
         self.num_tokens = num_tokens
         self.num_extra = call.columns.num_extra
-        self.sums = Sums(self.back, num_tokens, self.num_extra, grad)
         self.grad_rows = grad.new_empty((call.num_rows, call.hidden), dtype=self.back.dtype)
         takes_weights = call.experts.takes_weights
         wide = self.back.wide_dtype
@@ -53,6 +57,34 @@ class BackwardPass(Pass):
         self.route_grads: dict[int, torch.Tensor] = {}  # of the weights of the buffer's rows
         self.arrived: dict[int, Sides] = {}
         self.uses = dict.fromkeys(graphs, 2)  # tasks after compute() that need a chunk's graph
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.grad.device
+
+    @override
+    def prepare(self) -> None:
+        if not self.out.codecs.may_refuse:
+            return
+        if self.call.refusals.may_try(_GRADIENTS):
+            self.misfits = OnItsWay(self.out.codecs.misfits(self.grad))
+        else:
+            self.out = self.out.raw()
+
+    @override
+    def before_decoding(self) -> None:
+        if self.misfits is None:
+            return
+        misfits, self.misfits = self.misfits, None
+        if self.any_rank_says(bool(misfits.value())):
+            self.call.refusals.add(_GRADIENTS)
+            self.out.codecs.take_refused(self.device)  # by those that did not fit
+            self.send_out_again()
+
+    @override
+    def start_collecting(self) -> None:
+        self.sums = Sums(self.back, self.num_tokens, self.num_extra, self.grad)
 
     def result(self) -> Gradients:
         """What the pass returns."""
@@ -95,18 +127,19 @@ class BackwardPass(Pass):
         self._take(index).experts.weight_gradients(self.parameters, self.totals, keep=self.keep)
 
     @override
-    def encode_back(self, index: int, chunk: ChunkPlan, results: torch.Tensor) -> Launch:
+    def encode_back(self, index: int, chunk: ChunkPlan, results: torch.Tensor) -> Pack:
         graph = self._take(index)
         route_grads = self.route_grads.pop(index, None)
         if self.call.returns_rows:
-            return self.back.send_rows_back(chunk, results, route_grads)
+            return lambda wire: wire.send_rows_back(chunk, results, route_grads)
         arrived = self.arrived.pop(index)
         if route_grads is not None:
             extra = self.back.by_route(graph.spreads, route_grads, self.num_extra)
-            return self.back.send_sums(chunk, results, graph.spreads, weighted=False, extra=extra)
-        output = graph.experts.output.detach().to(self.out.dtype).contiguous()
-        weight_grads = self.out.dots(arrived, graph.spreads, output, self.num_extra)
-        return self.back.send_sums(chunk, results, graph.spreads, weighted=False, extra=weight_grads)
+        else:
+            output = graph.experts.output.detach().to(self.out.dtype).contiguous()
+            extra = self.out.dots(arrived, graph.spreads, output, self.num_extra)
+        spreads = graph.spreads
+        return lambda wire: wire.send_sums(chunk, results, spreads, weighted=False, extra=extra)
 
     @override
     def collect(self, chunk: ChunkPlan, arrived: Sides) -> None:

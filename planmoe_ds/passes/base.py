@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from planmoe_ds.backend import Compressor
+from planmoe_ds.backend import Compressor, Exchange
 from planmoe_ds.codecs import Codecs
 from planmoe_ds.executor import Order, Steps, run_tasks
 from planmoe_ds.experts import Experts
@@ -18,10 +19,11 @@ from planmoe_ds.headers import pass_phase
 from planmoe_ds.plan import ChunkPlan, RoutingPlan
 from planmoe_ds.planner import CallOrders
 from planmoe_ds.recorder import Label, Recorder
+from planmoe_ds.refusals import Refusals
 from planmoe_ds.rows import RowOrder
 from planmoe_ds.scheduling import Kind
 from planmoe_ds.trace import Phase
-from planmoe_ds.wire import Launch, Spreads, TokenColumns, Wire
+from planmoe_ds.wire import Launch, Pack, Spreads, TokenColumns, Wire
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class LayerCall:
     keep_graph: bool  # a backward will follow
     check_leaves: bool
     orders: CallOrders
+    refusals: Refusals
     meter: Meter | None = None  # measures the codecs
 
     @property
@@ -80,15 +83,27 @@ class Pass:
     """One direction of a layer call: rows out, work on them where the experts are, results back.
 
     What one task of a chunk hands to the next is dropped when it is taken, so that buffers live no longer than the
-    order keeps chunks in flight.
+    order keeps chunks in flight; but results that a codec may refuse are kept until the ranks agree that it did not.
+
+    out, back: how rows travel.
     """
 
     phase: Phase
+    results_name: str
 
-    def __init__(self, call: LayerCall, parameters: list[torch.Tensor], graphs: dict[int, ChunkGraph]) -> None:
+    def __init__(
+        self,
+        call: LayerCall,
+        parameters: list[torch.Tensor],
+        graphs: dict[int, ChunkGraph],
+        out: Wire,
+        back: Wire,
+    ) -> None:
         self.call = call
         self.parameters = parameters
         self.graphs = graphs
+        self.out, self.back = out, back
+        self.packs: dict[int, Pack] = {}
         self.launches: dict[int, Launch] = {}
         self.arrivals: dict[int, SidedArrival] = {}
         self.rows: dict[int, torch.Tensor] = {}
@@ -110,7 +125,29 @@ class Pass:
         )
         call = self.call
         with call.group.working(f"layer {call.layer} {self.phase}", pass_phase(call.layer, self.phase)):
+            self.prepare()
+            if self.back.codecs.may_refuse and not call.refusals.may_try(self.results_name):
+                self.back = self.back.raw()
+            self.start_collecting()
             run_tasks(order, steps, self.phase, call.orders.measurement)
+            if self.back.codecs.may_refuse and self.any_rank_says(self.back.codecs.take_refused(self.device)):
+                call.refusals.add(self.results_name)
+                self._send_back_again([task.chunk for task in order.tasks if task.kind is Kind.COLLECT])
+
+    @property
+    def device(self) -> torch.device:
+        """Of the rows."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """What comes before the first task."""
+
+    def before_decoding(self) -> None:
+        """What comes before chunks are waited for on their way out."""
+
+    def start_collecting(self) -> None:
+        """Forget what came back."""
+        raise NotImplementedError
 
     def encode(self, chunk: ChunkPlan) -> Launch:
         """Pack what goes out."""
@@ -124,8 +161,8 @@ class Pass:
         """The experts' buffer -> results."""
         raise NotImplementedError
 
-    def encode_back(self, index: int, chunk: ChunkPlan, results: torch.Tensor) -> Launch:
-        """Pack results."""
+    def encode_back(self, index: int, chunk: ChunkPlan, results: torch.Tensor) -> Pack:
+        """How results are packed."""
         raise NotImplementedError
 
     def collect(self, chunk: ChunkPlan, arrived: Sides) -> None:
@@ -135,6 +172,34 @@ class Pass:
     def weights(self, index: int) -> None:
         """Gradients of the experts' weights, where they were left for later."""
         raise NotImplementedError
+
+    def any_rank_says(self, refused: bool) -> bool:
+        """Whether a codec refused rows of any rank of the group; the host waits for all of them."""
+        call = self.call
+        what = f"layer {call.layer} {self.phase}: agreeing on what a codec can carry"
+        with call.recorder.span("wait", Label("agree", call.layer, -1, self.phase)):
+            told = call.group.any_rank_says(refused, what)
+        call.group.comm.set_phase(pass_phase(call.layer, self.phase))
+        return told
+
+    def send_out_again(self) -> None:
+        """All chunks that are on their way out, as they are."""
+        self.out = self.out.raw()
+        for index in [*self.launches]:
+            self._encode(index)
+        for index in [*self.arrivals]:
+            self._wait_for(index, "dispatch")
+            self._encode(index)
+            self._launch(index)
+
+    def _send_back_again(self, chunks: Sequence[int]) -> None:
+        """All results as they are, in the order in which they were collected."""
+        self.back = self.back.raw()
+        self.start_collecting()
+        for index in chunks:
+            self.arrivals[index] = self.packs.pop(index)(self.back)()
+            self._wait_for(index, "combine")
+            self._collect(index)
 
     def _encode(self, index: int) -> None:
         self.launches[index] = self.encode(self.call.plan.chunks[index])
@@ -155,21 +220,28 @@ class Pass:
                 self.weights(index)
 
     def _encode_back(self, index: int) -> None:
-        self.launches[index] = self.encode_back(index, self.call.plan.chunks[index], self.rows.pop(index))
+        pack = self.encode_back(index, self.call.plan.chunks[index], self.rows.pop(index))
+        if self.back.codecs.may_refuse:
+            self.packs[index] = pack
+        self.launches[index] = pack(self.back)
 
     def _collect(self, index: int) -> None:
         self.collect(self.call.plan.chunks[index], self.arrivals.pop(index).rows)
 
     def _wait_for_dispatch(self, index: int) -> None:
+        self.before_decoding()
         self._wait("dispatch", Kind.DISPATCH, index)
 
     def _wait_for_combine(self, index: int) -> None:
         self._wait("combine", Kind.COMBINE, index)
 
     def _wait(self, name: str, kind: Kind, index: int) -> None:
-        exchange = self.arrivals[index].exchange
-        if exchange is None:
-            return
-        self.call.recorder.wait(exchange, Label(name, self.call.layer, index, self.phase), self.call.group)
-        if self.call.orders.measurement is not None:
+        exchange = self._wait_for(index, name)
+        if exchange is not None and self.call.orders.measurement is not None:
             self.call.orders.measurement.add_exchange(self.phase, kind, index, exchange)
+
+    def _wait_for(self, index: int, name: str) -> Exchange | None:
+        exchange = self.arrivals[index].exchange
+        if exchange is not None:
+            self.call.recorder.wait(exchange, Label(name, self.call.layer, index, self.phase), self.call.group)
+        return exchange

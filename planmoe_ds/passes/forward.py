@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from typing_extensions import override
 
@@ -12,22 +14,23 @@ from planmoe_ds.grouped import GroupedGraph
 from planmoe_ds.passes.base import ChunkGraph, LayerCall, Pass
 from planmoe_ds.plan import ChunkPlan
 from planmoe_ds.sums import Sums
-from planmoe_ds.wire import Launch, Spreads
+from planmoe_ds.wire import Launch, Pack, Spreads
 
 
 class ForwardPass(Pass):
     """Tokens [T, H] -> weighted sums of expert outputs [T, H], or rows [N, H]; fills `graphs`."""
 
     phase = "forward"
+    results_name = "the experts' outputs"
 
     def __init__(
         self, call: LayerCall, tokens: torch.Tensor, parameters: list[torch.Tensor], graphs: dict[int, ChunkGraph]
     ) -> None:
-        super().__init__(call, parameters, graphs)
+        out, back = (call.wire(direction, tokens.dtype) for direction in ("dispatch", "combine"))
+        super().__init__(call, parameters, graphs, out, back)
         self.tokens = tokens
-        self.out, self.back = (call.wire(direction, tokens.dtype) for direction in ("dispatch", "combine"))
         self.outputs: torch.Tensor | None = None
-        self.totals = None if call.returns_rows else Sums(self.back, tokens.shape[0], 0, tokens)
+        self.totals: Sums | None = None  # where sums come back
         self.spreads: dict[int, Spreads] = {}
         self.route_weights: dict[int, torch.Tensor] = {}  # of the buffer's rows, where the experts take them
         self.places = {id(parameter): place for place, parameter in enumerate(parameters)}
@@ -36,6 +39,16 @@ class ForwardPass(Pass):
         """What the pass returns."""
         assert self.outputs is not None
         return self.outputs if self.totals is None else self.totals.values(self.outputs.dtype)
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    @override
+    def start_collecting(self) -> None:
+        if not self.call.returns_rows:
+            self.totals = Sums(self.back, self.tokens.shape[0], 0, self.tokens)
 
     @override
     def encode(self, chunk: ChunkPlan) -> Launch:
@@ -82,14 +95,14 @@ class ForwardPass(Pass):
         return ExpertGraph(leaves, output, waiting)
 
     @override
-    def encode_back(self, index: int, chunk: ChunkPlan, results: torch.Tensor) -> Launch:
+    def encode_back(self, index: int, chunk: ChunkPlan, results: torch.Tensor) -> Pack:
         spreads = self.spreads.pop(index)
         if self.outputs is None:
             self.outputs = results.new_empty((self.call.num_rows, self.call.hidden))
         if self.call.returns_rows:
-            return self.call.wire("combine", results.dtype).send_rows_back(chunk, results)
-        weighted = not self.call.experts.takes_weights
-        return self.back.send_sums(chunk, results.to(self.back.dtype), spreads, weighted=weighted)
+            return lambda wire: replace(wire, dtype=results.dtype).send_rows_back(chunk, results)
+        sums, weighted = results.to(self.back.dtype), not self.call.experts.takes_weights
+        return lambda wire: wire.send_sums(chunk, sums, spreads, weighted=weighted)
 
     @override
     def collect(self, chunk: ChunkPlan, arrived: Sides) -> None:

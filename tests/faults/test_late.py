@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -96,23 +97,29 @@ def test_a_host_that_waits_to_start_an_exchange_is_watched(ranks: RankPool) -> N
             assert seconds < 12
 
 
-def agree(action: Any) -> tuple[float, str, str]:
-    """On what tasks took, while the odd rank does something else."""
+def agree(action: Any, hosts: bool) -> tuple[float, str, str]:
+    """On what tasks took, or from host to host as beside NCCL, while the odd rank does something else."""
     group = Model({"timeout_seconds": 3}).layers[0].group
+    if hosts:
+        group = replace(group, host_group=dist.new_group(backend="gloo"))
     dist.barrier()
 
     def add_up() -> None:
         with group.working("agreeing", 0):
             if dist.get_rank() == ODD:
                 action()
-            group.sum_of_ranks(torch.ones(3), "adding up what tasks took")
+            if hosts:
+                group.any_rank_says(False, "adding up what tasks took")
+            else:
+                group.sum_of_ranks(torch.ones(3), "adding up what tasks took")
 
     return seconds_until_error(add_up)
 
 
+@pytest.mark.parametrize("hosts", [False, True])
 @pytest.mark.parametrize("action", [hang, run_out_of_memory], ids=lambda action: action.__name__)
-def test_agreements_are_watched(ranks: RankPool, action: Any) -> None:
-    for rank, (seconds, kind, message) in enumerate(ranks.run(4, agree, action, fresh=True, timeout=60)):
+def test_agreements_are_watched(ranks: RankPool, action: Any, hosts: bool) -> None:
+    for rank, (seconds, kind, message) in enumerate(ranks.run(4, agree, action, hosts, fresh=True, timeout=60)):
         if rank == ODD and action is run_out_of_memory:
             assert kind == "OutOfMemoryError"
             continue

@@ -156,8 +156,9 @@ def test_bfloat16s_with_short_exponents_are_the_cpus(name: str, hidden: int, ext
     if name == "e4m7":  # blocks that do not fit, with something that is not finite and without
         rows[33:43] *= torch.exp2(40 * torch.rand(hidden, generator=torch.Generator().manual_seed(2)) - 20).bfloat16()
         rows[38, hidden // 3] = float("nan")
-    assert codec.fits(rows)
-    assert codec.fits(rows.cuda())
+    if name == "lossless":
+        assert not codec.misfits(rows)
+        assert not codec.misfits(rows.cuda())
     index = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:50]
     width = codec.row_bytes(hidden, torch.bfloat16)
     padded = width + extra + -(width + extra) % 16
@@ -178,12 +179,13 @@ def test_bfloat16s_with_short_exponents_are_the_cpus(name: str, hidden: int, ext
 
 
 @sizes
-def test_e4m7_gives_the_bits_of_none(hidden: int) -> None:
+@pytest.mark.parametrize("codec_name", ["e4m7", "lossless"])
+def test_short_exponents_give_the_bits_of_none(hidden: int, codec_name: str) -> None:
     rows, values = (normal(50, hidden, torch.bfloat16, seed).cuda() for seed in (0, 3))
     plan = spread_of(random_routes(50, 3, 8), 4, [20, 0, 30], "cuda")
     values = values[torch.randint(0, 50, (plan.target.numel(),), generator=torch.Generator().manual_seed(4))]
     found = []
-    for name in ("e4m7", "none"):
+    for name in (codec_name, "none"):
         codec = make_compressor(name)
         folded = torch.zeros(50, codec.row_bytes(hidden, torch.bfloat16), dtype=torch.uint8, device="cuda")
         fold_rows(codec, values, plan, True, folded)
@@ -212,12 +214,23 @@ def test_lossless_rows_that_cannot_be_carried_are_not_finite(hidden: int) -> Non
     bits = torch.randint(-(1 << 15), 1 << 15, (40, hidden), generator=torch.Generator().manual_seed(1))
     rows = bits.to(torch.int16).view(torch.bfloat16)
     rows[:20] = normal(20, hidden, torch.bfloat16)
-    codec = make_compressor("lossless")
-    assert not codec.fits(rows.cuda())
+    codec, device = make_compressor("lossless"), rows.cuda().device
+    assert codec.misfits(rows.cuda())
+    plan = spread_of(torch.arange(40)[:, None] % 4, 4, [40], "cuda")
+    wires = {"pack": codec.encode(rows.cuda(), plan.target), "fold": torch.zeros_like(codec.encode(rows.cuda()))}
+    assert codec.take_refused(device)
+    assert not codec.take_refused(device)
+    fold_rows(codec, rows.cuda(), plan, False, wires["fold"])
+    assert codec.take_refused(device)
+    assert torch.equal(wires["fold"], wires["pack"])
+    assert torch.equal(wires["pack"].cpu(), codec.encode(rows, plan.target.cpu()))
     out = torch.zeros_like(rows, device="cuda")
-    codec.decode(codec.encode(rows.cuda()), out)
+    codec.decode(wires["pack"], out, plan.target)
     assert torch.equal(out[:20].cpu(), rows[:20])
     assert not torch.isfinite(out[20:]).any()
+    few = spread_of(torch.arange(20)[:, None] % 4, 4, [20], "cuda")
+    fold_rows(codec, rows[:20].cuda(), few, False, torch.zeros_like(codec.encode(rows[:20].cuda())))
+    assert not codec.take_refused(device)
 
 
 @dtypes

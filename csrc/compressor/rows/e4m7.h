@@ -80,10 +80,12 @@ inline uint8_t best_base(const Block& block, int64_t count) {
   return static_cast<uint8_t>(best);
 }
 
+enum class Misfits { kRounded, kNaN };
+
 // Without escapes: values below the window become the nearest of zero and its smallest power of two, and a block with
-// something that is not finite becomes NaN.
-inline void round_off(int64_t count, Block& block) {
-  const uint8_t largest = largest_exponent(block, count);
+// something that is not finite becomes NaN, as all do with kNaN.
+inline void round_off(int64_t count, Misfits misfits, Block& block) {
+  const uint8_t largest = misfits == Misfits::kNaN ? kNotFinite : largest_exponent(block, count);
   block.base = largest;
   block.escapes = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -101,8 +103,9 @@ inline void round_off(int64_t count, Block& block) {
   }
 }
 
-// False when the pool of a block had no room for all, so that the block is rounded off.
-inline bool encode(const float* values, int64_t hidden, uint8_t* wire, Vectors vectors = widest_vectors()) {
+// False when the pool of a block had no room for all, so that the block does not come back as it was.
+inline bool encode(const float* values, int64_t hidden, uint8_t* wire, Vectors vectors = widest_vectors(),
+                   Misfits misfits = Misfits::kRounded) {
   const Layout at = layout(hidden);
   bool exact = true;
   with_vectors(vectors, [&](auto /*lanes*/) PLANMOE_INLINE {
@@ -113,7 +116,7 @@ inline bool encode(const float* values, int64_t hidden, uint8_t* wire, Vectors v
       encode_with(largest_finite_exponent(block, count), count, block);
       if (block.escapes > kPool) encode_with(best_base(block, count), count, block);
       if (block.escapes > kPool) {
-        round_off(count, block);
+        round_off(count, misfits, block);
         exact = false;
       }
       std::memcpy(wire + start, block.rest, count);
