@@ -152,6 +152,9 @@ class Compressor:
     def may_refuse(self) -> bool:
         """Whether there are rows that it cannot carry; they come back as NaN, in whole blocks."""
 
+    def carries(self, dtype: torch.dtype) -> bool:
+        """Whether it takes rows of `dtype`."""
+
     def misfits(self, rows: torch.Tensor) -> torch.Tensor:
         """int32 [1] on the rows' device, not zero where a row of [N, hidden] cannot be carried."""
 

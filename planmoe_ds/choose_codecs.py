@@ -1,14 +1,15 @@
 """The compression "auto": a codec on the classes of links where it is predicted to save time, from measured costs.
 
 The first candidate is hadamard_int8: of the codecs with about a quarter of float32's bytes the one whose error hardly
-depends on the data; but it fills rows up to blocks of 128 values, so that int8 can be much smaller. A prediction is one
-dispatch, as in choose.py, plus encoding what a rank sends and decoding what it gets.
+depends on the data; but it fills rows up to blocks of 128 values, so that int8 can be much smaller. Where no bit may
+change it is lossless alone, for bfloat16. A prediction is one dispatch, as in choose.py, plus encoding what a rank
+sends and decoding what it gets, and a share of what it takes to agree that nothing was refused.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -17,23 +18,31 @@ import torch.distributed as dist
 from planmoe_ds.backend import make_compressor
 from planmoe_ds.choose import SERIAL_COMMS, TIE, LayerTraffic, in_words, predict
 from planmoe_ds.compression import AUTO, NONE, CompressionConfig
-from planmoe_ds.config import PlanMoEConfig
+from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.costs import ClusterCosts, LinkCost
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.topology import Topology
 
 CANDIDATES = ("hadamard_int8", "int8")
+LOSSLESS = "lossless"
+LOSSLESS_DTYPE = torch.bfloat16
+_AGREEMENTS = 0.75  # for each of a layer's four directions: see refusals.py
+_RESTART_SECONDS = 0.5e-3  # of an accelerator whose host stopped to agree, and is not ahead of it any more
 _MEASURED_BYTES = 1 << 22
 _REPEATS = 5
 
 
 @dataclass(frozen=True)
 class CodecCost:
-    """A codec for rows of one kind: bytes it makes of a byte, and seconds to encode and decode that byte."""
+    """A codec for rows of one kind: bytes it makes of a byte, and seconds to encode and decode that byte.
+
+    fixed_seconds: for each dispatch, whatever its size.
+    """
 
     name: str
     ratio: float
     seconds_per_byte: float
+    fixed_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,8 @@ class _Legs:
             _seconds(self.intra, self.intra_bytes * (codec.ratio if intra else 1.0)),
         )
         coded = self.inter_bytes * inter + self.intra_bytes * intra
-        return (sum(legs) if self.in_turn else max(legs)) + coded * codec.seconds_per_byte
+        fixed = codec.fixed_seconds if coded > 0 else 0.0
+        return (sum(legs) if self.in_turn else max(legs)) + coded * codec.seconds_per_byte + fixed
 
 
 def _seconds(cost: LinkCost | None, num_bytes: float) -> float:
@@ -127,16 +137,32 @@ def resolve_compression(
 
     rows: hidden size, dtype and device of what travels, for measuring the codec.
     """
+    hidden, dtype, device = rows
     if config.compression != AUTO:
         assert isinstance(config.compression, CompressionConfig)
-        return dict.fromkeys(traffic, CodecChoice(config.compression, config.compression.describe()))
-    codecs = [measure_codec(name, *rows) for name in CANDIDATES]
+        reason = config.compression.describe()
+        if config.compression.may_refuse() and dtype is not LOSSLESS_DTYPE:
+            reason += f"; {LOSSLESS} carries bfloat16 alone, other rows travel as they are"
+        return dict.fromkeys(traffic, CodecChoice(config.compression, reason))
+    may_lose = config.resolved_exactness is Exactness.LOSSY
+    names, measured_dtype = (CANDIDATES, dtype) if may_lose else ((LOSSLESS,), LOSSLESS_DTYPE)
+    measured = [measure_codec(name, hidden, measured_dtype, device) for name in names]
     choices = {}
     for name, load in traffic.items():
         group = connected[name]
         if group.size == 1 or group.costs is None:
             choices[name] = CodecChoice(CompressionConfig(), "no codec: nothing travels")
+        elif not may_lose and dtype is not LOSSLESS_DTYPE:
+            choices[name] = CodecChoice(CompressionConfig(), f"no codec: {LOSSLESS} carries bfloat16 alone")
         else:
             topology = Topology(tuple(group.comm.node_of_rank))
+            codecs = measured if may_lose else [with_agreements(codec, group.costs, device) for codec in measured]
             choices[name] = choose_codecs(group.costs, topology, load, group.choice.name, *codecs)
     return choices
+
+
+def with_agreements(codec: CodecCost, costs: ClusterCosts, device: torch.device) -> CodecCost:
+    """A codec that may refuse rows, with what it takes to agree that it did not."""
+    alphas = [link.alpha_seconds for link in (costs.intra, costs.inter) if link is not None]
+    restart = 0.0 if device.type == "cpu" else _RESTART_SECONDS
+    return replace(codec, fixed_seconds=_AGREEMENTS * (max(alphas) + restart))

@@ -40,6 +40,10 @@ class LinkCodecs:
         """Whether there are rows that one of them cannot carry."""
         return bool(self._refusing)
 
+    def for_rows(self, dtype: torch.dtype) -> LinkCodecs:
+        """These; none where one that may refuse rows takes none of `dtype`."""
+        return self if all(codec.carries(dtype) for codec in self._refusing) else LinkCodecs.everywhere(NONE)
+
     def misfits(self, rows: torch.Tensor) -> torch.Tensor:
         """int32 [1] on the rows' device, not zero where one of `rows` [R, H] cannot be carried; needs `may_refuse`."""
         return torch.stack([codec.misfits(rows) for codec in self._refusing]).amax(0)

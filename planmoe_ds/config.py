@@ -35,7 +35,8 @@ class ChunkBy(str, Enum):
 
 _SECTION = "section"  # a "compression" that is not "auto"; pydantic puts the word into the places of errors
 _COUNT = "count"  # "chunks" as a number
-_CHOSEN = {"comm": AUTO, "chunks": AUTO, "scheduler": AUTO}  # what true stands for
+_CHOSEN = {"comm": AUTO, "chunks": AUTO, "scheduler": AUTO}
+_TRUE = {**_CHOSEN, "compression": AUTO, "exactness": "reordered"}  # what true stands for
 _SUMS_ON_THE_WAY = "dedup"  # the all-to-all that adds up inside the node before rows cross back
 
 
@@ -73,8 +74,8 @@ class PlanMoEConfig(Section):
         Discriminator(lambda value: AUTO if value == AUTO else _SECTION),
     ] = Field(
         default_factory=CompressionConfig,
-        description="wire codec: one name, 'auto', or a section with any of dispatch, combine, gradients (directions), "
-        "inter, intra (links), sums",
+        description="wire codec: one name, 'auto' (with exactness set to other than 'lossy': of those that change no "
+        "bit), or a section with any of dispatch, combine, gradients (directions), inter, intra (links), sums",
     )
     guard: GuardConfig | None = Field(None, description="measures the codecs' errors and retreats from them")
     exactness: Exactness | None = Field(
@@ -120,11 +121,12 @@ class PlanMoEConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanMoEConfig:
-        if self.exactness in (Exactness.EXACT, Exactness.REORDERED) and not self._is_lossless:
-            names = [AUTO] if isinstance(self.compression, str) else self.compression.names()
+        codecs, keeps_bits = self.compression, self.exactness in (Exactness.EXACT, Exactness.REORDERED)
+        if keeps_bits and isinstance(codecs, CompressionConfig) and not codecs.is_lossless():
+            assert self.exactness is not None
             raise ValueError(
-                f"exactness '{self.exactness.value}' excludes lossy codecs, compression has {names}; set exactness to "
-                "'lossy' or compression to 'none'"
+                f"exactness '{self.exactness.value}' excludes lossy codecs, compression has {codecs.names()}; set "
+                "exactness to 'lossy' or compression to 'none', 'lossless' or 'auto'"
             )
         if self.exactness is Exactness.EXACT and self.comm == _SUMS_ON_THE_WAY:
             raise ValueError(
@@ -165,11 +167,8 @@ class PlanMoEConfig(Section):
         """The exactness in force: the one set, or what the codecs imply."""
         if self.exactness is not None:
             return self.exactness
-        return Exactness.REORDERED if self._is_lossless else Exactness.LOSSY
-
-    @property
-    def _is_lossless(self) -> bool:
-        return isinstance(self.compression, CompressionConfig) and self.compression.is_lossless()
+        is_lossless = isinstance(self.compression, CompressionConfig) and self.compression.is_lossless()
+        return Exactness.REORDERED if is_lossless else Exactness.LOSSY
 
 
 def parse_config(section: object, where: str = '"planmoe"') -> PlanMoEConfig:
@@ -178,7 +177,7 @@ def parse_config(section: object, where: str = '"planmoe"') -> PlanMoEConfig:
     Raises PlanMoEConfigError that lists every problem by key, with the value and what is allowed.
     """
     if section is True:
-        return PlanMoEConfig.model_validate(_CHOSEN)
+        return PlanMoEConfig.model_validate(_TRUE)
     if section is None or section is False:
         return PlanMoEConfig(enabled=False)
     if not isinstance(section, Mapping):

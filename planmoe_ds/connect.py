@@ -79,8 +79,11 @@ def _make_host_groups(
     distinct: list[tuple[int, ...]], config: PlanMoEConfig, device: torch.device, timeout: timedelta
 ) -> dict[tuple[int, ...], dist.ProcessGroup]:
     """Over gloo, for codecs that may refuse rows of an accelerator."""
-    compression = config.compression
-    if device.type == "cpu" or isinstance(compression, str) or not compression.may_refuse():
+    if isinstance(config.compression, str):
+        refuses = config.resolved_exactness is not Exactness.LOSSY
+    else:
+        refuses = config.compression.may_refuse()
+    if device.type == "cpu" or not refuses:
         return {}
     return {ranks: dist.new_group(list(ranks), timeout=timeout, backend="gloo") for ranks in distinct if len(ranks) > 1}
 
@@ -105,7 +108,8 @@ def _probe(
 ) -> ClusterCosts | None:
     """What the links cost, where "auto" needs to know."""
     crosses = any(topology.subset(ranks).num_nodes > 1 for ranks in distinct)
-    if (config.comm == AUTO and crosses) or (config.compression == AUTO and topology.num_ranks > 1):
+    asks_codecs = config.compression == AUTO and (crosses or config.resolved_exactness is Exactness.LOSSY)
+    if (config.comm == AUTO and crosses) or (asks_codecs and topology.num_ranks > 1):
         return run_probe(device, topology).costs
     return None
 

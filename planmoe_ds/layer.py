@@ -97,7 +97,7 @@ class ExpertParallelLayer:
         columns = token_columns(routes.expert_KT, routes.weight_KT, routes.num_experts, order)
         header = self._header(tokens_TH, routes)
         label = Label("plan", self.index, -1, "forward")
-        dispatch = self._codecs_in_force.dispatch
+        dispatch = self._codecs_in_force.dispatch.for_rows(tokens_TH.dtype)
         talk = Talk(
             num_experts=routes.num_experts,
             chunking=self._chunking,

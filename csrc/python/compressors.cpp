@@ -67,6 +67,15 @@ class PythonCompressor final : public AbstractCompressor, public py::trampoline_
   }
 };
 
+bool carries(const AbstractCompressor& codec, at::ScalarType dtype) {
+  try {
+    codec.check_dtype(dtype);
+    return true;
+  } catch (const c10::ValueError&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 void bind_compressors(py::module_& module) {
@@ -83,6 +92,7 @@ void bind_compressors(py::module_& module) {
       .def_property_readonly("lossless", &AbstractCompressor::lossless)
       .def_property_readonly("identity", &AbstractCompressor::is_identity)
       .def_property_readonly("may_refuse", &AbstractCompressor::may_refuse)
+      .def("carries", &carries, py::arg("dtype"))
       .def("misfits", &AbstractCompressor::misfits, py::arg("rows"), NoGil())
       .def("take_refused", &AbstractCompressor::take_refused, py::arg("device"), NoGil())
       .def("encode", &AbstractCompressor::encode, py::arg("rows"), py::arg("index") = py::none(), NoGil())

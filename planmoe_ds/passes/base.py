@@ -58,7 +58,7 @@ class LayerCall:
 
     def wire(self, direction: str, dtype: torch.dtype) -> Wire:
         """Encoding of rows of `dtype` on their way in a direction of Codecs."""
-        codecs = getattr(self.codecs, direction)
+        codecs = getattr(self.codecs, direction).for_rows(dtype)
         meter = self.meter
         directions = (self.codecs.dispatch, self.codecs.combine, self.codecs.gradients)
         alone = self.group.size == 1 and all(direction.near.identity for direction in directions)

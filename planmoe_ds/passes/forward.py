@@ -99,8 +99,11 @@ class ForwardPass(Pass):
         spreads = self.spreads.pop(index)
         if self.outputs is None:
             self.outputs = results.new_empty((self.call.num_rows, self.call.hidden))
+            if self.call.returns_rows:
+                codecs = self.back.codecs.for_rows(results.dtype)
+                self.back = replace(self.back, dtype=results.dtype, codecs=codecs)
         if self.call.returns_rows:
-            return lambda wire: replace(wire, dtype=results.dtype).send_rows_back(chunk, results)
+            return lambda wire: wire.send_rows_back(chunk, results)
         sums, weighted = results.to(self.back.dtype), not self.call.experts.takes_weights
         return lambda wire: wire.send_sums(chunk, sums, spreads, weighted=weighted)
 

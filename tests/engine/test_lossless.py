@@ -248,16 +248,44 @@ def test_what_was_refused_is_not_tried_again_at_once(ranks: RankPool, wild: str,
             assert f"layer 0: {what} did not fit" in message
 
 
-def refuse_float32() -> str:
-    layer = make_layer({"compression": "lossless", "chunks": 1})
-    tokens = torch.randn(TOKENS, HIDDEN)
-    try:
-        run_layer(layer, tokens, routes_of(torch.zeros(1, TOKENS, dtype=torch.long), 2), [nn.Identity()])
-    except ValueError as error:
-        return str(error)
-    return ""
+def of_other_dtypes(dtype: torch.dtype, output_dtype: torch.dtype, exactness: str) -> list[tuple[torch.Tensor, int]]:
+    """Output and bytes sent with and without lossless, of tokens and experts' outputs of these dtypes."""
+    found = []
+    for compression in ("none", "lossless"):
+        layer = make_layer({"compression": compression, "chunks": 1, "exactness": exactness})
+        torch.manual_seed(dist.get_rank())
+        tokens = torch.randn(TOKENS, HIDDEN).to(dtype).requires_grad_()
+        expert = nn.Linear(HIDDEN, HIDDEN, dtype=output_dtype)
+        runner = nn.Sequential(Cast(output_dtype), expert)
+        output = run_layer(layer, tokens, routes_of(torch.arange(TOKENS)[None] % 2, 2), [runner])
+        output.sum().backward()
+        found.append((output.detach(), layer.recorder.take().bytes_sent))
+    return found
+
+
+class Cast(nn.Module):
+    """To another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.to(self.dtype)
 
 
 @pytest.mark.distributed
-def test_lossless_wants_bfloat16(ranks: RankPool) -> None:
-    assert all("lossless takes bfloat16 rows" in message for message in ranks.run(2, refuse_float32))
+@pytest.mark.parametrize("exactness", ["exact", "reordered"])
+@pytest.mark.parametrize("output_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_other_dtypes_travel_as_they_are(
+    ranks: RankPool, dtype: torch.dtype, output_dtype: torch.dtype, exactness: str
+) -> None:
+    for (plain, plain_bytes), (lossless, lossless_bytes) in ranks.run(
+        2, of_other_dtypes, dtype, output_dtype, exactness
+    ):
+        assert torch.equal(plain, lossless)
+        if torch.bfloat16 in (dtype, output_dtype):
+            assert lossless_bytes < plain_bytes
+        else:
+            assert lossless_bytes == plain_bytes

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
-from planmoe_ds.choose_codecs import CodecCost, choose_codecs
+import pytest
+import torch
+
+import planmoe_ds.choose_codecs as choose_codecs_module
+from planmoe_ds.choose_codecs import CodecChoice, CodecCost, choose_codecs, resolve_compression, with_agreements
+from planmoe_ds.config import parse_config
 from planmoe_ds.topology import Topology
 from tests.unit.test_choose import LAYER, costs_of
 
@@ -50,3 +57,67 @@ def test_the_preferred_codec_unless_another_is_faster() -> None:
     choice = choose_codecs(costs, TWO_BY_EIGHT, LAYER, "direct", filled_up, small)
     assert (choice.compression.inter, choice.compression.intra) == ("int8", "none")
     assert "int8 between nodes" in choice.reason
+
+
+def test_what_a_codec_takes_whatever_the_size_counts() -> None:
+    costs = costs_of(TWO_BY_EIGHT, 100e9, 1e9)
+    quick = CodecCost("lossless", 0.78, 1e-12)
+    assert choose_codecs(costs, TWO_BY_EIGHT, LAYER, "direct", quick).compression.inter == "lossless"
+    slow = replace(quick, fixed_seconds=1.0)
+    assert choose_codecs(costs, TWO_BY_EIGHT, LAYER, "direct", slow).compression.names() == ["none"]
+
+
+def resolve(
+    monkeypatch: pytest.MonkeyPatch, section: object, dtype: torch.dtype, inter: float, device: str = "cpu"
+) -> tuple[list[str], CodecChoice]:
+    """Which codecs are measured, and the choice, for two nodes of eight with links of so many bytes per second."""
+    measured: list[str] = []
+
+    def measure(name: str, hidden: int, dtype: torch.dtype, device: torch.device) -> CodecCost:
+        measured.append(f"{name} {dtype}")
+        return CodecCost(name, 0.78 if name == "lossless" else 0.5, 1e-12)
+
+    monkeypatch.setattr(choose_codecs_module, "measure_codec", measure)
+    group: Any = SimpleNamespace(
+        size=16,
+        costs=costs_of(TWO_BY_EIGHT, 100e9, inter),
+        comm=SimpleNamespace(node_of_rank=TWO_BY_EIGHT.node_of_rank),
+        choice=SimpleNamespace(name="direct"),
+    )
+    rows = (1024, dtype, torch.device(device))
+    return measured, resolve_compression(parse_config(section), {"ep": group}, {"ep": LAYER}, rows)["ep"]
+
+
+@pytest.mark.parametrize("section", [True, {"compression": "auto", "exactness": "exact"}], ids=str)
+def test_without_loss_auto_takes_lossless_where_it_pays(monkeypatch: pytest.MonkeyPatch, section: object) -> None:
+    measured, choice = resolve(monkeypatch, section, torch.bfloat16, 1e9)
+    assert measured == ["lossless torch.bfloat16"]
+    assert choice.compression.inter == "lossless"
+    assert choice.compression.sums == choice.compression.intra == "none"
+    assert "lossless between nodes" in choice.reason
+    _, fast = resolve(monkeypatch, section, torch.bfloat16, 100e9, "cuda")
+    assert fast.compression.names() == ["none"]
+    measured, other = resolve(monkeypatch, section, torch.float32, 1e9)
+    assert measured == ["lossless torch.bfloat16"]  # ranks without layers measure it, too
+    assert other.compression.names() == ["none"]
+    assert "bfloat16 alone" in other.reason
+
+
+def test_auto_may_lose_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, choice = resolve(monkeypatch, {"compression": "auto"}, torch.bfloat16, 1e9)
+    assert measured == ["hadamard_int8 torch.bfloat16", "int8 torch.bfloat16"]
+    assert choice.compression.inter == "hadamard_int8"
+
+
+def test_agreeing_costs_accelerators_more() -> None:
+    codec, costs = CodecCost("lossless", 0.78, 0.0), costs_of(TWO_BY_EIGHT, 100e9, 1e9, alpha=1e-4)
+    on_cpu, on_gpu = (with_agreements(codec, costs, torch.device(name)).fixed_seconds for name in ("cpu", "cuda"))
+    assert 0 < on_cpu < on_gpu < 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "told"), [(torch.bfloat16, False), (torch.float16, True)])
+def test_rows_that_lossless_does_not_carry_are_told(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, told: bool
+) -> None:
+    _, choice = resolve(monkeypatch, {"compression": {"inter": "lossless"}}, dtype, 1e9)
+    assert ("other rows travel as they are" in choice.reason) == told

@@ -53,6 +53,8 @@ def test_auto_is_lossy_and_survives_a_round_trip() -> None:
     config = parse_config({"compression": "auto", "guard": {}})
     assert config.compression == "auto"
     assert config.resolved_exactness.value == "lossy"
+    for exactness in ("exact", "reordered"):
+        assert parse_config({"compression": "auto", "exactness": exactness}).resolved_exactness.value == exactness
     assert parse_config(json.loads(config.model_dump_json(exclude_none=True))) == config
     section = parse_config({"compression": {"gradients": {"inter": "int8"}, "sums": "bf16"}})
     assert parse_config(json.loads(section.model_dump_json(exclude_none=True))) == section
@@ -69,7 +71,7 @@ def test_auto_is_lossy_and_survives_a_round_trip() -> None:
         ({"compression": {"dispatch": {"between": "int8"}}}, ["compression.dispatch.between: unknown key", "inter"]),
         ({"compression": {"interr": "int8"}}, ["compression.interr: unknown key", "'inter'?"]),
         ({"compression": {"sums": 8}}, ["compression.sums = 8", "must be a string, the name of a codec"]),
-        ({"compression": "auto", "exactness": "exact"}, ["excludes lossy codecs", "'auto'"]),
+        ({"compression": "int8", "exactness": "exact"}, ["excludes lossy codecs", "'int8'", "'auto'"]),
         ({"guard": {"interval": 0}}, ['"planmoe".guard.interval = 0', "greater than or equal to 1"]),
         ({"guard": {"max_error": 0}}, ["guard.max_error = 0", "greater than 0"]),
         ({"guard": {"max_error": "small"}}, ["guard.max_error = 'small'", "number"]),
