@@ -158,8 +158,8 @@ class Compressor:
     def misfits(self, rows: torch.Tensor) -> torch.Tensor:
         """int32 [1] on the rows' device, not zero where a row of [N, hidden] cannot be carried."""
 
-    def take_refused(self, device: torch.device) -> bool:
-        """Whether a row encoded there since the last call could not be carried; waits until they are encoded."""
+    def take_refused(self) -> bool:
+        """Whether a row encoded since the last call could not be carried; waits until they are encoded."""
 
     def encode(self, rows: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor: ...
     def encode_into(self, rows: torch.Tensor, index: torch.Tensor | None, wire: torch.Tensor) -> None: ...

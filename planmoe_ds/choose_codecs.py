@@ -53,8 +53,13 @@ class CodecChoice:
     reason: str
 
 
-def measure_codec(name: str, hidden: int, dtype: torch.dtype, device: torch.device) -> CodecCost:
-    """Median over a few rounds on this device, the slowest rank's; every rank of the world calls this together."""
+def measure_codec(
+    name: str, hidden: int, dtype: torch.dtype, device: torch.device, *, counts: bool = True
+) -> CodecCost:
+    """Median over a few rounds on this device, the slowest rank's; every rank of the world calls this together.
+
+    counts: false on ranks that have no rows to encode.
+    """
     codec = make_compressor(name)
     rows = torch.randn(max(1, _MEASURED_BYTES // (hidden * dtype.itemsize)), hidden, device=device).to(dtype)
     out, seconds = torch.empty_like(rows), []
@@ -65,7 +70,7 @@ def measure_codec(name: str, hidden: int, dtype: torch.dtype, device: torch.devi
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
     everyone: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(everyone, median(seconds[1:]) / (rows.numel() * rows.element_size()))
+    dist.all_gather_object(everyone, counts * median(seconds[1:]) / (rows.numel() * rows.element_size()))
     return CodecCost(name, codec.row_bytes(hidden, dtype) / (hidden * dtype.itemsize), max(everyone))
 
 
@@ -146,7 +151,7 @@ def resolve_compression(
         return dict.fromkeys(traffic, CodecChoice(config.compression, reason))
     may_lose = config.resolved_exactness is Exactness.LOSSY
     names, measured_dtype = (CANDIDATES, dtype) if may_lose else ((LOSSLESS,), LOSSLESS_DTYPE)
-    measured = [measure_codec(name, hidden, measured_dtype, device) for name in names]
+    measured = [measure_codec(name, hidden, measured_dtype, device, counts=bool(traffic)) for name in names]
     choices = {}
     for name, load in traffic.items():
         group = connected[name]

@@ -48,9 +48,9 @@ class LinkCodecs:
         """int32 [1] on the rows' device, not zero where one of `rows` [R, H] cannot be carried; needs `may_refuse`."""
         return torch.stack([codec.misfits(rows) for codec in self._refusing]).amax(0)
 
-    def take_refused(self, device: torch.device) -> bool:
-        """Whether a row that was encoded on `device` since the last call could not be carried; waits for encoders."""
-        refused = [codec.take_refused(device) for codec in self._refusing]  # every one starts anew
+    def take_refused(self) -> bool:
+        """Whether a row that was encoded since the last call could not be carried; waits for encoders."""
+        refused = [codec.take_refused() for codec in self._refusing]  # every one starts anew
         return any(refused)
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -16,7 +16,7 @@ from planmoe_ds.compression import AUTO
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.costs import ClusterCosts
 from planmoe_ds.errors import PlanMoEMismatchError
-from planmoe_ds.group import ExpertGroup
+from planmoe_ds.group import ExpertGroup, hosts_of
 from planmoe_ds.job_store import job_number, job_timeout
 from planmoe_ds.probe import run_probe
 from planmoe_ds.threads import batch_threads
@@ -41,7 +41,7 @@ def connect(
     everyone: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, my_groups)
     _check_membership(everyone)
-    limit = job_timeout() if config.timeout_seconds is None else timedelta(seconds=config.timeout_seconds)
+    limit = _limit(config)
     # NCCL's own watchdog ends the process and names no rank: planmoe's comes first
     timeout = limit if device.type == "cpu" else limit + _NCCL_MARGIN
     distinct = sorted({tuple(ranks) for groups in everyone for ranks in groups.values()})
@@ -58,34 +58,38 @@ def connect(
         for ranks in mine:
             nodes = list(topology.subset(ranks).node_of_rank)
             comms[ranks] = make_comm(choices[ranks].name, made[ranks], nodes, device, milliseconds)
-        for_hosts = _make_host_groups(distinct, config, device, timeout)
     numbers = {ranks: distinct.index(ranks) for ranks in mine}
     watchdog, job = None, 0
     if dist.get_world_size() > 1:
         job = job_number()
-        members = {number: ranks for ranks, number in numbers.items()}
+        members = {place: ranks for ranks, number in numbers.items() for place in (number, hosts_of(number))}
         watchdog = Watchdog(list(comms.values()), members, limit.total_seconds())
     connected: dict[tuple[int, ...], ExpertGroup] = {}
     for ranks, comm in comms.items():
         width = _counts_width(comm, loads.get(ranks), _most_chunks(config))
-        connected[ranks] = ExpertGroup(
-            comm, ranks, ledger, numbers[ranks], choices[ranks], costs, width, watchdog, job, for_hosts.get(ranks)
-        )
+        connected[ranks] = ExpertGroup(comm, ranks, ledger, numbers[ranks], choices[ranks], costs, width, watchdog, job)
         weakref.finalize(connected[ranks], comm.close)  # at the latest when the program ends
     return {name: connected[tuple(ranks)] for name, ranks in my_groups.items()}
 
 
-def _make_host_groups(
-    distinct: list[tuple[int, ...]], config: PlanMoEConfig, device: torch.device, timeout: timedelta
-) -> dict[tuple[int, ...], dist.ProcessGroup]:
-    """Over gloo, for codecs that may refuse rows of an accelerator."""
-    if isinstance(config.compression, str):
-        refuses = config.resolved_exactness is not Exactness.LOSSY
-    else:
-        refuses = config.compression.may_refuse()
-    if device.type == "cpu" or not refuses:
-        return {}
-    return {ranks: dist.new_group(list(ranks), timeout=timeout, backend="gloo") for ranks in distinct if len(ranks) > 1}
+def connect_hosts(groups: Sequence[ExpertGroup], config: PlanMoEConfig) -> None:
+    """Let the hosts of these groups ask each other; every rank of the world calls this at the same time.
+
+    groups: those of this rank whose hosts have something to ask.
+    """
+    everyone: list[set[tuple[int, ...]]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, {group.global_ranks for group in groups if group.size > 1})
+    for ranks in sorted(set().union(*everyone)):
+        with batch_threads():
+            made = dist.new_group(list(ranks), timeout=_limit(config), backend="gloo")
+        for group in groups:
+            if group.global_ranks == ranks:
+                group.hosts.over_gloo = made
+
+
+def _limit(config: PlanMoEConfig) -> timedelta:
+    """Of every wait for a peer."""
+    return job_timeout() if config.timeout_seconds is None else timedelta(seconds=config.timeout_seconds)
 
 
 def _most_chunks(config: PlanMoEConfig) -> int:

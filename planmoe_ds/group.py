@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -64,6 +64,22 @@ class SidedArrival:
     exchange: Exchange | None
 
 
+@dataclass
+class Hosts:
+    """How a group's hosts ask each other apart from its exchanges: the same ranks over gloo, if they can at all.
+
+    num_asked: how often they did.
+    """
+
+    over_gloo: dist.ProcessGroup | None = None
+    num_asked: int = 0
+
+
+def hosts_of(number: int) -> int:
+    """The number under which the hosts of group `number` wait for each other: their questions count by themselves."""
+    return -2 - number
+
+
 @dataclass(frozen=True)
 class ExpertGroup:
     """A set of ranks with an all-to-all of its own; group ranks throughout.
@@ -71,8 +87,7 @@ class ExpertGroup:
     ledger: the launches of all groups of this process; number: this group's among them, the same on every rank;
     choice: the all-to-all in use, and why; costs: of the cluster's links, where something is left to be chosen by them;
     counts_width: int64 numbers that the widest counts of any layer take; watchdog: None in a world of one rank; job: a
-    number that all ranks of the job have and hardly any other job; host_group: the same ranks over gloo, where
-    exchanges are an accelerator's and hosts have something to ask each other.
+    number that all ranks of the job have and hardly any other job.
     """
 
     comm: Comm
@@ -84,7 +99,7 @@ class ExpertGroup:
     counts_width: int = 0
     watchdog: Watchdog | None = None
     job: int = 0
-    host_group: dist.ProcessGroup | None = None
+    hosts: Hosts = field(default_factory=Hosts)
 
     @property
     def rank(self) -> int:
@@ -170,13 +185,13 @@ class ExpertGroup:
         return self.told_by_all(values, what)[0]
 
     def any_rank_says(self, says: bool, what: str) -> bool:
-        """Whether any rank does; collective. Where exchanges are an accelerator's, this waits behind none of them."""
-        if self.host_group is None:
-            return bool(self.told_by_all(torch.tensor([says], dtype=torch.int32), what).any())
+        """Whether any rank does; collective. Where hosts can ask each other, this waits behind no exchange."""
         told = torch.tensor([says], dtype=torch.int32)
-        watched = nullcontext() if self.watchdog is None else self.watchdog.waiting(self.number, NO_NUMBER, what)
-        with watched:
-            work = dist.all_reduce(told, dist.ReduceOp.MAX, group=self.host_group, async_op=True)
+        if self.hosts.over_gloo is None:
+            return bool(self.told_by_all(told, what).any())
+        number, self.hosts.num_asked = self.hosts.num_asked, self.hosts.num_asked + 1
+        with nullcontext() if self.watchdog is None else self.watchdog.waiting(hosts_of(self.number), number, what):
+            work = dist.all_reduce(told, dist.ReduceOp.MAX, group=self.hosts.over_gloo, async_op=True)
             assert work is not None
             while not work.is_completed():
                 if self.watchdog is not None:

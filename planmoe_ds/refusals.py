@@ -15,6 +15,8 @@ import torch
 
 PAUSE = 100  # passes
 
+_told: set[str] = set()  # one line for all layers
+
 logger = logging.getLogger("planmoe_ds")
 
 
@@ -52,10 +54,11 @@ class Refusals:
 
     def add(self, what: str) -> None:
         """These rows were refused in a pass."""
-        if self.speaks and what not in self._paused:
-            logger.info(
+        if self.speaks and what not in _told:
+            _told.add(what)
+            logger.warning(
                 "planmoe: layer %d: %s did not fit a lossless codec and were sent again as they are; whenever this "
-                "happens, %d passes do without it",
+                "happens, %d passes of a layer do without it",
                 self.layer, what, PAUSE,
             )  # fmt: skip
         self._paused[what] = PAUSE

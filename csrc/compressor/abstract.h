@@ -43,8 +43,8 @@ class AbstractCompressor {
   // int32 [1] on the device of `rows` [R, H], not zero where one of them cannot be carried.
   virtual at::Tensor misfits(const at::Tensor& rows) const;
 
-  // Whether a row that was encoded on `device` since the last call could not be carried; the host waits for encoders.
-  bool take_refused(c10::Device device) const { return may_refuse() && refusals()->take(device); }
+  // Whether a row that was encoded since the last call could not be carried; the host waits for encoders.
+  bool take_refused() const { return may_refuse() && refusals()->take(); }
 
   // rows [R, H] -> uint8 [N, row_bytes]; with `index` (int64 [N]) wire row i encodes rows[index[i]].
   at::Tensor encode(const at::Tensor& rows, const std::optional<at::Tensor>& index) const;

@@ -85,8 +85,7 @@ class LosslessCompressor final : public E4M7Compressor {
   Refusals* refusals() const override { return &refusals_; }
 
   void encode_row(const float* values, int64_t hidden, at::ScalarType /*dtype*/, uint8_t* wire) const override {
-    if (!e4m7::encode(values, hidden, wire, widest_vectors(), e4m7::Misfits::kNaN))
-      std::atomic_ref(*on_cpu_).store(1, std::memory_order_relaxed);
+    if (!e4m7::encode(values, hidden, wire, widest_vectors(), e4m7::Misfits::kNaN)) refusals_.add();
   }
 
  protected:
@@ -94,7 +93,6 @@ class LosslessCompressor final : public E4M7Compressor {
 
  private:
   mutable Refusals refusals_;
-  int32_t* on_cpu_ = refusals_.flag(at::kCPU);
 };
 
 PLANMOE_REGISTER_COMPRESSOR("e4m7", E4M7Compressor);

@@ -4,34 +4,33 @@
 #include <c10/core/Event.h>
 #include <c10/core/Stream.h>
 
+#include <atomic>
+#include <cstdint>
 #include <map>
 #include <mutex>
-#include <optional>
 
 namespace planmoe {
 
-// A flag per device that encoders set, from any thread or stream, where a row cannot be carried.
+// Whether an encoder met a row that it cannot carry: told from any thread, or by a kernel on any stream.
 class Refusals {
  public:
-  // Where they write; the same for as long as this lives.
-  int32_t* flag(c10::Device device);
+  // An encoder that runs on the host met one.
+  void add() { on_host_.store(1, std::memory_order_relaxed); }
 
-  // Kernels that write to it were started on the current stream of an accelerator.
+  // Where kernels write a 1: host memory that accelerators reach, the same for as long as this lives.
+  int32_t* flag_of_kernels();
+
+  // Kernels that may write there were started on the current stream.
   void note_kernels(c10::Device device);
 
-  // Whether the flag is set, which starts anew. The host waits for the kernels that were noted, and for nothing else.
-  bool take(c10::Device device);
+  // Whether there was one since the last call. The host waits for the kernels that were noted, and for nothing else.
+  bool take();
 
  private:
-  struct Flag {
-    at::Tensor value;                             // int32 [1]
-    std::map<c10::StreamId, c10::Event> kernels;  // the last ones of each stream
-    std::optional<c10::Stream> stream;
-  };
-  Flag& of(c10::Device device);
-
+  std::atomic<int32_t> on_host_{0};
   std::mutex mutex_;
-  std::map<std::pair<c10::DeviceType, c10::DeviceIndex>, Flag> flags_;
+  at::Tensor of_kernels_;                             // int32 [1], pinned
+  std::map<c10::StreamId, c10::Event> last_kernels_;  // of each stream
 };
 
 }  // namespace planmoe

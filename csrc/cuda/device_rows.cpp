@@ -84,7 +84,7 @@ void run(const AbstractCompressor& codec, Operation operation, at::ScalarType wi
 void run_encoder(const AbstractCompressor& codec, Operation operation, at::ScalarType wire_dtype,
                  const at::Tensor& rows, RowArguments arguments) {
   auto* refusals = codec.refusals();
-  if (refusals) arguments.refused = refusals->flag(rows.device());
+  if (refusals) arguments.refused = refusals->flag_of_kernels();
   run(codec, operation, wire_dtype, rows, arguments);
   if (refusals) refusals->note_kernels(rows.device());
 }

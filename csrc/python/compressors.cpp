@@ -94,7 +94,7 @@ void bind_compressors(py::module_& module) {
       .def_property_readonly("may_refuse", &AbstractCompressor::may_refuse)
       .def("carries", &carries, py::arg("dtype"))
       .def("misfits", &AbstractCompressor::misfits, py::arg("rows"), NoGil())
-      .def("take_refused", &AbstractCompressor::take_refused, py::arg("device"), NoGil())
+      .def("take_refused", &AbstractCompressor::take_refused, NoGil())
       .def("encode", &AbstractCompressor::encode, py::arg("rows"), py::arg("index") = py::none(), NoGil())
       .def("encode_into", &AbstractCompressor::encode_into, py::arg("rows"), py::arg("index"), py::arg("wire"), NoGil())
       .def("decode", &AbstractCompressor::decode, py::arg("wire"), py::arg("out"), py::arg("index") = py::none(),

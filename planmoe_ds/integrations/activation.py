@@ -16,7 +16,7 @@ from planmoe_ds.choose_codecs import resolve_compression
 from planmoe_ds.codecs import make_codecs
 from planmoe_ds.compression import AUTO
 from planmoe_ds.config import PlanMoEConfig
-from planmoe_ds.connect import connect
+from planmoe_ds.connect import connect, connect_hosts
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer
@@ -105,6 +105,7 @@ def make_engine_layers(
     groups = connect(my_groups, config, device, traffic)
     hidden, dtype = (facts[0].hidden_size, facts[0].dtype) if facts else (1, torch.float32)
     compression = resolve_compression(config, groups, traffic, (hidden, dtype, device))
+    connect_hosts([groups[name] for name, choice in compression.items() if choice.compression.may_refuse()], config)
     recorder, log = Recorder(device), ChoiceLog(speaks)
     layers = []
     for index, layer in enumerate(facts):
@@ -113,7 +114,7 @@ def make_engine_layers(
         layers.append(
             ExpertParallelLayer(
                 index=index,
-                config=config,
+                config=config.model_copy(update={"compression": chosen}),
                 group=groups[layer.group],
                 codecs=make_codecs(chosen),
                 recorder=recorder,

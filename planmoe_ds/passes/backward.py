@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +59,6 @@ class BackwardPass(Pass):
         self.arrived: dict[int, Sides] = {}
         self.uses = dict.fromkeys(graphs, 2)  # tasks after compute() that need a chunk's graph
 
-    @property
-    @override
-    def device(self) -> torch.device:
-        return self.grad.device
-
     @override
     def prepare(self) -> None:
         if not self.out.codecs.may_refuse:
@@ -77,9 +73,13 @@ class BackwardPass(Pass):
         if self.misfits is None:
             return
         misfits, self.misfits = self.misfits, None
-        if self.any_rank_says(bool(misfits.value())):
+        begin = time.perf_counter()
+        refused = self.any_rank_says(bool(misfits.value()))
+        if self.call.orders.measurement is not None:  # the host's seconds are those in which it starts tasks
+            self.call.orders.measurement.host_seconds -= time.perf_counter() - begin
+        if refused:
             self.call.refusals.add(_GRADIENTS)
-            self.out.codecs.take_refused(self.device)  # by those that did not fit
+            self.out.codecs.take_refused()  # by those that did not fit
             self.send_out_again()
 
     @override

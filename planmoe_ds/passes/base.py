@@ -130,14 +130,9 @@ class Pass:
                 self.back = self.back.raw()
             self.start_collecting()
             run_tasks(order, steps, self.phase, call.orders.measurement)
-            if self.back.codecs.may_refuse and self.any_rank_says(self.back.codecs.take_refused(self.device)):
+            if self.back.codecs.may_refuse and self.any_rank_says(self.back.codecs.take_refused()):
                 call.refusals.add(self.results_name)
                 self._send_back_again([task.chunk for task in order.tasks if task.kind is Kind.COLLECT])
-
-    @property
-    def device(self) -> torch.device:
-        """Of the rows."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """What comes before the first task."""

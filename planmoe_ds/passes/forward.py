@@ -40,11 +40,6 @@ class ForwardPass(Pass):
         assert self.outputs is not None
         return self.outputs if self.totals is None else self.totals.values(self.outputs.dtype)
 
-    @property
-    @override
-    def device(self) -> torch.device:
-        return self.tokens.device
-
     @override
     def start_collecting(self) -> None:
         if not self.call.returns_rows:

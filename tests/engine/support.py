@@ -13,7 +13,7 @@ from torch import nn
 from planmoe_ds.codecs import make_codecs
 from planmoe_ds.compression import CompressionConfig
 from planmoe_ds.config import parse_config
-from planmoe_ds.connect import connect
+from planmoe_ds.connect import connect, connect_hosts
 from planmoe_ds.experts import LocalExperts
 from planmoe_ds.guard import QualityGuard
 from planmoe_ds.layer import ExpertParallelLayer
@@ -27,6 +27,7 @@ def make_layer(settings: dict[str, object], index: int = 0) -> ExpertParallelLay
     device = rank_device()
     group = connect({"experts": list(range(dist.get_world_size()))}, config, device)["experts"]
     assert isinstance(config.compression, CompressionConfig)
+    connect_hosts([group] if config.compression.may_refuse() else [], config)
     codecs, recorder = make_codecs(config.compression), Recorder(device)
     guard = None if config.guard is None else QualityGuard(config.guard, config.compression, index, recorder)
     return ExpertParallelLayer(index=index, config=config, group=group, codecs=codecs, recorder=recorder, guard=guard)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -143,6 +142,7 @@ def pausing(passes: int) -> Iterator[list[str]]:
     logger.addHandler(handler)
     logger.setLevel(level)
     refusals.PAUSE = passes
+    refusals._told.clear()
     try:
         yield messages
     finally:
@@ -151,18 +151,19 @@ def pausing(passes: int) -> Iterator[list[str]]:
 
 
 def with_misfits(
-    settings: dict[str, object], compression: object, recompute: bool, ask_hosts: bool = False
+    settings: dict[str, object], compression: object, recompute: bool, ask_hosts: bool = True
 ) -> dict[str, tuple[bool, int]]:
     """For rows that do not fit in each place: whether all bits are those without a codec; bytes sent beyond those.
 
-    ask_hosts: ranks agree from host to host, as beside NCCL.
+    ask_hosts: ranks agree apart from their exchanges.
     """
     layers = [
         make_layer({"ranks_per_node": 2, "chunks": 1, **settings, "compression": codecs})
         for codecs in ("none", compression)
     ]
-    if ask_hosts:
-        layers[1].group = replace(layers[1].group, host_group=dist.new_group(backend="gloo"))
+    assert layers[1].group.hosts.over_gloo is not None
+    if not ask_hosts:
+        layers[1].group.hosts.over_gloo = None
     found = {}
     for wild in ("", *PLACES):
         results, sent = [], []
@@ -206,6 +207,37 @@ def test_hosts_may_agree_apart_from_exchanges(ranks: RankPool) -> None:
     )
     assert all(same for found in apart for same, _ in found.values())
     assert within == apart
+
+
+def two_in_flight(retain: bool) -> bool:
+    """Two forwards, then two backwards (twice with `retain`), rows of the first not fitting: the gradients of none."""
+    rank, found = dist.get_rank(), []
+    for compression in ("none", {"inter": "lossless"}):
+        torch.manual_seed(rank)
+        layer = make_layer({"ranks_per_node": 1, "chunks": 2, "comm": "dedup", "compression": compression})
+        batches = []
+        for spread in (-60.0 * rank, 0.0):
+            scale = torch.exp2(spread * torch.rand(HIDDEN)).bfloat16()
+            tokens = (torch.randn(TOKENS, HIDDEN).bfloat16() * scale).requires_grad_()
+            weight_KT = torch.rand(2, TOKENS).requires_grad_()
+            expert_KT = torch.rand(TOKENS, 4).topk(2, dim=1).indices.t().contiguous()
+            experts = [Scaling(torch.ones_like(scale), scale) for _ in range(2)]
+            with pausing(0):
+                output = run_layer(layer, tokens, routes_of(expert_KT, 4, weight_KT), experts)
+            batches.append((output, torch.randn(TOKENS, HIDDEN).bfloat16() * scale, tokens, weight_KT))
+        for output, grad, *_ in batches:
+            with pausing(0):
+                output.backward(grad, retain_graph=retain)
+                if retain:
+                    output.backward(grad)
+        found.append([values for _, _, tokens, weight_KT in batches for values in (tokens.grad, weight_KT.grad)])
+    return all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("retain", [False, True])
+def test_several_calls_in_flight(ranks: RankPool, retain: bool) -> None:
+    assert ranks.run(2, two_in_flight, retain) == [True, True]
 
 
 def sent_by_step(names: list[str], pause: int) -> tuple[list[int], list[str]]:

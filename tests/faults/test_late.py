@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 import planmoe_ds.watchdog as watchdog_module
 from planmoe_ds.chunking import Chunking
+from planmoe_ds.config import PlanMoEConfig
+from planmoe_ds.connect import connect_hosts
 from planmoe_ds.rows import order_rows
 from planmoe_ds.stopping import Reason
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows
@@ -101,7 +103,7 @@ def agree(action: Any, hosts: bool) -> tuple[float, str, str]:
     """On what tasks took, or from host to host as beside NCCL, while the odd rank does something else."""
     group = Model({"timeout_seconds": 3}).layers[0].group
     if hosts:
-        group = replace(group, host_group=dist.new_group(backend="gloo"))
+        connect_hosts([group], PlanMoEConfig())
     dist.barrier()
 
     def add_up() -> None:
@@ -127,6 +129,27 @@ def test_agreements_are_watched(ranks: RankPool, action: Any, hosts: bool) -> No
         words = f"rank {ODD} stopped in agreeing" if action is run_out_of_memory else "adding up what tasks took"
         assert words in message, message
         assert seconds < (12 if rank != ODD else 40)
+
+
+def ask_twice() -> str:
+    """The odd rank waits for an answer, then, as others wait for the next one, does not say where it is."""
+    group = Model({"timeout_seconds": 60}).layers[0].group
+    connect_hosts([group], PlanMoEConfig())
+    dist.barrier()
+    try:
+        if dist.get_rank() != ODD:
+            time.sleep(2 * watchdog_module.PERIOD_SECONDS + 0.2)
+        group.any_rank_says(False, "layer 5")
+        if dist.get_rank() == ODD:
+            ctypes.PyDLL(None).usleep(2_500_000)  # its watchdog cannot run meanwhile
+        group.any_rank_says(False, "layer 6")
+    except RuntimeError as error:
+        return str(error)
+    return "fine"
+
+
+def test_where_a_rank_was_before_is_no_mismatch(ranks: RankPool) -> None:
+    assert ranks.run(4, ask_twice, fresh=True, timeout=60) == ["fine"] * 4
 
 
 def gather() -> tuple[float, str, str]:

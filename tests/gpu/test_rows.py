@@ -214,14 +214,14 @@ def test_lossless_rows_that_cannot_be_carried_are_not_finite(hidden: int) -> Non
     bits = torch.randint(-(1 << 15), 1 << 15, (40, hidden), generator=torch.Generator().manual_seed(1))
     rows = bits.to(torch.int16).view(torch.bfloat16)
     rows[:20] = normal(20, hidden, torch.bfloat16)
-    codec, device = make_compressor("lossless"), rows.cuda().device
+    codec = make_compressor("lossless")
     assert codec.misfits(rows.cuda())
     plan = spread_of(torch.arange(40)[:, None] % 4, 4, [40], "cuda")
     wires = {"pack": codec.encode(rows.cuda(), plan.target), "fold": torch.zeros_like(codec.encode(rows.cuda()))}
-    assert codec.take_refused(device)
-    assert not codec.take_refused(device)
+    assert codec.take_refused()
+    assert not codec.take_refused()
     fold_rows(codec, rows.cuda(), plan, False, wires["fold"])
-    assert codec.take_refused(device)
+    assert codec.take_refused()
     assert torch.equal(wires["fold"], wires["pack"])
     assert torch.equal(wires["pack"].cpu(), codec.encode(rows, plan.target.cpu()))
     out = torch.zeros_like(rows, device="cuda")
@@ -230,7 +230,23 @@ def test_lossless_rows_that_cannot_be_carried_are_not_finite(hidden: int) -> Non
     assert not torch.isfinite(out[20:]).any()
     few = spread_of(torch.arange(20)[:, None] % 4, 4, [20], "cuda")
     fold_rows(codec, rows[:20].cuda(), few, False, torch.zeros_like(codec.encode(rows[:20].cuda())))
-    assert not codec.take_refused(device)
+    assert not codec.take_refused()
+
+
+def test_refusals_are_told_from_any_stream_and_mode() -> None:
+    codec, bits = make_compressor("lossless"), torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    wild = bits[torch.randperm(1 << 16, generator=torch.Generator().manual_seed(1))].view(torch.bfloat16).view(-1, 256)
+    rows, side = wild.cuda(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.inference_mode(), torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # so that it has to be waited for
+        codec.encode(rows)
+    assert codec.take_refused()
+    assert not codec.take_refused()
+    codec.encode(rows)
+    assert codec.take_refused()
+    codec.encode(wild)  # on the host
+    assert codec.take_refused()
 
 
 @dtypes

@@ -8,11 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import planmoe_ds.choose_codecs as choose_codecs_module
-from planmoe_ds.choose_codecs import CodecChoice, CodecCost, choose_codecs, resolve_compression, with_agreements
+from planmoe_ds.choose_codecs import (
+    CodecChoice,
+    CodecCost,
+    choose_codecs,
+    measure_codec,
+    resolve_compression,
+    with_agreements,
+)
 from planmoe_ds.config import parse_config
 from planmoe_ds.topology import Topology
+from tests.harness.ranks import RankPool
 from tests.unit.test_choose import LAYER, costs_of
 
 TWO_BY_EIGHT = Topology.from_labels(rank // 8 for rank in range(16))
@@ -73,7 +82,8 @@ def resolve(
     """Which codecs are measured, and the choice, for two nodes of eight with links of so many bytes per second."""
     measured: list[str] = []
 
-    def measure(name: str, hidden: int, dtype: torch.dtype, device: torch.device) -> CodecCost:
+    def measure(name: str, hidden: int, dtype: torch.dtype, device: torch.device, *, counts: bool) -> CodecCost:
+        assert counts
         measured.append(f"{name} {dtype}")
         return CodecCost(name, 0.78 if name == "lossless" else 0.5, 1e-12)
 
@@ -121,3 +131,17 @@ def test_rows_that_lossless_does_not_carry_are_told(
 ) -> None:
     _, choice = resolve(monkeypatch, {"compression": {"inter": "lossless"}}, dtype, 1e9)
     assert ("other rows travel as they are" in choice.reason) == told
+
+
+def measure_apart() -> float:
+    has_layers = dist.get_rank() == 0
+    return measure_codec(
+        "lossless", 1024 if has_layers else 1, torch.bfloat16, torch.device("cpu"), counts=has_layers
+    ).seconds_per_byte
+
+
+@pytest.mark.distributed
+def test_ranks_without_layers_slow_no_codec_down(ranks: RankPool) -> None:
+    told = ranks.run(2, measure_apart)
+    assert told[0] == told[1]
+    assert 0 < told[0] < 1e-8  # with rows of one value it takes twice as long and more
