@@ -51,7 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "planmoe dedup, hadamard_int8, 2 chunks": {
         "comm": "dedup", "chunks": 2, "scheduler": "optimal", "compression": "hadamard_int8",
     },
-    "planmoe auto": {**SAME, **dict.fromkeys(("comm", "chunks", "scheduler", "compression"), "auto")},
+    "planmoe auto": {"comm": "auto", "chunks": "auto", "scheduler": "auto"},
+    "planmoe auto, codecs too": {**SAME, **dict.fromkeys(("comm", "chunks", "scheduler", "compression"), "auto")},
 }  # fmt: skip
 SAME_BITS = {  # as those without the codec; with e4m7, where all rows fit it
     "planmoe dedup, lossless": "planmoe dedup",

@@ -27,7 +27,7 @@ CANDIDATES = ("hadamard_int8", "int8")
 LOSSLESS = "lossless"
 LOSSLESS_DTYPE = torch.bfloat16
 _AGREEMENTS = 0.75  # for each of a layer's four directions: see refusals.py
-_RESTART_SECONDS = 0.5e-3  # of an accelerator whose host stopped to agree, and is not ahead of it any more
+_RESTART_SECONDS = 1e-3  # of an accelerator whose host stopped to agree, and is not ahead of it any more
 _MEASURED_BYTES = 1 << 22
 _REPEATS = 5
 

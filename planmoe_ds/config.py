@@ -35,8 +35,7 @@ class ChunkBy(str, Enum):
 
 _SECTION = "section"  # a "compression" that is not "auto"; pydantic puts the word into the places of errors
 _COUNT = "count"  # "chunks" as a number
-_CHOSEN = {"comm": AUTO, "chunks": AUTO, "scheduler": AUTO}
-_TRUE = {**_CHOSEN, "compression": AUTO, "exactness": "reordered"}  # what true stands for
+_CHOSEN = {"comm": AUTO, "chunks": AUTO, "scheduler": AUTO}  # what true stands for
 _SUMS_ON_THE_WAY = "dedup"  # the all-to-all that adds up inside the node before rows cross back
 
 
@@ -177,7 +176,7 @@ def parse_config(section: object, where: str = '"planmoe"') -> PlanMoEConfig:
     Raises PlanMoEConfigError that lists every problem by key, with the value and what is allowed.
     """
     if section is True:
-        return PlanMoEConfig.model_validate(_TRUE)
+        return PlanMoEConfig.model_validate(_CHOSEN)
     if section is None or section is False:
         return PlanMoEConfig(enabled=False)
     if not isinstance(section, Mapping):

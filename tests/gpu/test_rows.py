@@ -224,6 +224,7 @@ def test_lossless_rows_that_cannot_be_carried_are_not_finite(hidden: int) -> Non
     assert codec.take_refused()
     assert torch.equal(wires["fold"], wires["pack"])
     assert torch.equal(wires["pack"].cpu(), codec.encode(rows, plan.target.cpu()))
+    assert codec.take_refused()  # by the CPU
     out = torch.zeros_like(rows, device="cuda")
     codec.decode(wires["pack"], out, plan.target)
     assert torch.equal(out[:20].cpu(), rows[:20])
