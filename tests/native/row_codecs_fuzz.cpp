@@ -87,18 +87,28 @@ struct Codec {
      return planmoe::name::decode(wire, hidden, values, vectors), true;      \
    }}
 
+using planmoe::e4m7::Misfits;
+
+template <Misfits misfits>
+bool encode_e4m7(const float* values, int64_t hidden, uint8_t* wire, Vectors vectors) {
+  return planmoe::e4m7::encode(values, hidden, wire, vectors, misfits);
+}
+
+template <Misfits misfits>
+bool encode_any(const float* values, int64_t hidden, uint8_t* wire, Vectors vectors) {
+  return encode_e4m7<misfits>(values, hidden, wire, vectors), true;
+}
+
 const Codec kCodecs[] = {
     ALWAYS(bf16),
     ALWAYS(fp8),
     ALWAYS(int8),
     ALWAYS(hadamard_int8),
     ALWAYS(int4),
-    {planmoe::e4m7::row_bytes, planmoe::e4m7::encode, planmoe::e4m7::decode, true},
-    {planmoe::e4m7::row_bytes,  // with rows that are not bfloat16 numbers, and with blocks that are rounded off
-     [](const float* values, int64_t hidden, uint8_t* wire, Vectors vectors) {
-       return planmoe::e4m7::encode(values, hidden, wire, vectors), true;
-     },
-     planmoe::e4m7::decode},
+    {planmoe::e4m7::row_bytes, encode_e4m7<Misfits::kRounded>, planmoe::e4m7::decode, true},
+    // With rows that are not bfloat16 numbers, and with blocks that do not come back.
+    {planmoe::e4m7::row_bytes, encode_any<Misfits::kRounded>, planmoe::e4m7::decode},
+    {planmoe::e4m7::row_bytes, encode_any<Misfits::kNaN>, planmoe::e4m7::decode},
 };
 
 // The same bits, or both NaN.
