@@ -25,7 +25,8 @@ from planmoe_ds.costs import ClusterCosts
 from planmoe_ds.headers import AGREEMENT_PHASE
 from planmoe_ds.watchdog import NO_NUMBER, Watchdog
 
-_POLL_SECONDS = 20e-6
+_POLL_SECONDS = 20e-6  # at first
+_LONGEST_POLL_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -193,10 +194,12 @@ class ExpertGroup:
         with nullcontext() if self.watchdog is None else self.watchdog.waiting(hosts_of(self.number), number, what):
             work = dist.all_reduce(told, dist.ReduceOp.MAX, group=self.hosts.over_gloo, async_op=True)
             assert work is not None
+            pause = _POLL_SECONDS
             while not work.is_completed():
                 if self.watchdog is not None:
                     self.watchdog.check()
-                time.sleep(_POLL_SECONDS)
+                time.sleep(pause)
+                pause = min(1.2 * pause, _LONGEST_POLL_SECONDS)
             work.wait()
         return bool(told)
 
