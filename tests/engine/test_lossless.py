@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from planmoe_ds import refusals
+from planmoe_ds.group import ExpertGroup
 from tests.engine.support import make_layer, routes_of, run_layer
 from tests.harness.ranks import RankPool
 
@@ -238,6 +241,30 @@ def two_in_flight(retain: bool) -> bool:
 @pytest.mark.parametrize("retain", [False, True])
 def test_several_calls_in_flight(ranks: RankPool, retain: bool) -> None:
     assert ranks.run(2, two_in_flight, retain) == [True, True]
+
+
+def host_seconds_of_slow_answers(seconds: float) -> list[float]:
+    """What is measured of the host in a scheduler's first steps, where every question to the other hosts takes long."""
+    layer = make_layer({"compression": "lossless", "comm": "direct", "chunks": 2, "scheduler": "optimal"})
+    answer, found = ExpertGroup.any_rank_says, []
+
+    def answer_late(*arguments: Any) -> bool:
+        time.sleep(seconds)
+        return answer(*arguments)
+
+    with patch.object(ExpertGroup, "any_rank_says", answer_late):
+        for _ in range(4):
+            step_where(layer, "")
+            measurement = layer._decided[1].measurement if layer._decided is not None else None
+            found += [] if measurement is None else [measurement.host_seconds]
+    return found
+
+
+@pytest.mark.distributed
+def test_waiting_for_answers_is_no_work_of_the_host(ranks: RankPool) -> None:
+    for found in ranks.run(2, host_seconds_of_slow_answers, 0.5):
+        assert found
+        assert all(0 < seconds < 0.4 for seconds in found), found
 
 
 def sent_by_step(names: list[str], pause: int) -> tuple[list[int], list[str]]:
