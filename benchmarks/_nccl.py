@@ -79,10 +79,11 @@ def side_by_side(ranks_per_card: int) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def limited_link(hosts: int, gbit: float | None) -> Iterator[None]:
+def limited_link(hosts: int, gbit: float | None, *, fair: bool = False) -> Iterator[None]:
     """Inside, each emulated host sends at most so many gigabits a second to the others; as root, with tc.
 
-    The ranks' traffic between hosts goes through the loopback device, and nothing else of size does.
+    The ranks' traffic between hosts goes through the loopback device, and nothing else of size does. It waits in one
+    queue, or, if `fair`, in one for each connection as with Linux's default (fq_codel), but without its dropping.
     """
     if gbit is None:
         yield
@@ -90,8 +91,13 @@ def limited_link(hosts: int, gbit: float | None) -> Iterator[None]:
     if os.geteuid() != 0 or shutil.which("tc") is None:
         sys.exit("--gbit limits the loopback device: that takes root, and tc of the package iproute2")
     shaper = ["tbf", "rate", f"{hosts * gbit:g}gbit", "burst", "1mb", "limit", "64mb"]
-    subprocess.run(["tc", "qdisc", "add", "dev", "lo", "root", *shaper], check=True)
+    subprocess.run(["tc", "qdisc", "add", "dev", "lo", "root", "handle", "1:", *shaper], check=True)
     try:
+        if fair:
+            queues = ["fq_codel", "limit", "10240", "target", "1s", "interval", "2s", "quantum", "65536"]
+            added = subprocess.run(["tc", "qdisc", "add", "dev", "lo", "parent", "1:1", *queues], check=False)
+            if added.returncode != 0:
+                sys.exit("--fair takes the kernel's sch_fq_codel, which tc could not add: leave --fair away")
         yield
     finally:
         subprocess.run(["tc", "qdisc", "del", "dev", "lo", "root"], check=False)

@@ -1,6 +1,7 @@
 """A MoE layer of DeepSpeed over NCCL, forward and backward: stock against planmoe.
 
-    python -m benchmarks.layer_nccl [--ranks 4] [--hosts 2] [--gbit 10] [--shapes T,H,F,E,K …] [--quick] [--json FILE]
+    python -m benchmarks.layer_nccl [--ranks 4] [--hosts 2] [--gbit 10 [--fair]] [--shapes T,H,F,E,K …] [--quick]
+        [--json FILE]
 
 bf16, capacity factor 1.25, GELU experts of two matrices, the same routes for all. "without all-to-all" is stock with
 its all-to-alls left out: the bound of what pads, with stock's router. Milliseconds of the slowest rank, and those that
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--hosts", type=int, default=1, help="emulated hosts; TCP sockets between them")
     parser.add_argument("--gbit", type=float, help="limit what a host sends to the others, per second (root, tc)")
+    parser.add_argument("--fair", action="store_true", help="connections share the limited link fairly (sch_fq_codel)")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens per rank, hidden, width, experts, top-k")
     parser.add_argument("--only", default="", help="variants whose names hold one of these words, between slashes")
     parser.add_argument("--rounds", type=int, default=5)
@@ -145,7 +147,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if "RANK" not in os.environ:
-        with limited_link(options.hosts, options.gbit):
+        with limited_link(options.hosts, options.gbit, fair=options.fair):
             sys.exit(launch(options.ranks, take_turns=options.take_turns))
     device = start(options.hosts)
     import deepspeed
@@ -158,7 +160,7 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
     speaks = dist.get_rank() == 0
     if speaks:
-        link = "" if options.gbit is None else f", {options.gbit:g} Gbit/s out of each host"
+        link = "" if options.gbit is None else f", {options.gbit:g} Gbit/s out of each host{', fair' * options.fair}"
         print(describe_ranks(options.hosts) + link)
     for text in shapes:
         shape = [int(number) for number in text.split(",")]
