@@ -16,7 +16,7 @@ from planmoe_ds import __version__
 from planmoe_ds.auto_planner import ChoiceLog, Planner, make_planner
 from planmoe_ds.chunking import Chunking, chunking_of
 from planmoe_ds.codecs import Codecs
-from planmoe_ds.compression import AUTO
+from planmoe_ds.compression import CompressionConfig
 from planmoe_ds.config import Exactness, PlanMoEConfig
 from planmoe_ds.counts import Talk
 from planmoe_ds.errors import PlanMoEError
@@ -168,6 +168,7 @@ class ExpertParallelLayer:
     def _facts(self, header: Header) -> dict[str, str]:
         """What the layer's times depend on, for those that are kept."""
         config = self.config
+        assert isinstance(config.compression, CompressionConfig)  # "auto" was resolved before
         return {
             "hidden size": str(header.hidden_size),
             "dtype": str(header.dtype),
@@ -175,7 +176,7 @@ class ExpertParallelLayer:
             "top-k": str(header.routes_per_token),
             "all-to-all": self.group.choice.name,
             "chunks": f"{config.chunks} by {config.chunk_by.value}",
-            "codecs": AUTO if isinstance(config.compression, str) else config.compression.describe(),
+            "codecs": config.compression.describe(),
         }
 
     def _notes(self, tokens_TH: torch.Tensor) -> tuple[int, ...]:
