@@ -128,8 +128,7 @@ class ThreadLink final : public Link {
     if (leg.prepare) leg.prepare(leg);
     post_receives(leg, num_posted);
     for (const auto& message : leg.sends) {
-      std::vector<at::Tensor> buffers{message.buffer};
-      track(message.peer, group_->send(buffers, static_cast<int>(message.peer), leg.tag));
+      start(message, [&](std::vector<at::Tensor> buffers, int peer) { return group_->send(buffers, peer, leg.tag); });
     }
     for (const auto& [from, to] : leg.local_copies)  // not copy_(): this thread must not start a pool of its own
       std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), from.nbytes());
@@ -140,9 +139,8 @@ class ThreadLink final : public Link {
 
   void post_receives(const Leg& leg, size_t first) {
     for (size_t i = first; i < leg.receives.size(); ++i) {
-      const auto& message = leg.receives[i];
-      std::vector<at::Tensor> buffers{message.buffer};
-      track(message.peer, group_->recv(buffers, static_cast<int>(message.peer), leg.tag));
+      start(leg.receives[i],
+            [&](std::vector<at::Tensor> buffers, int peer) { return group_->recv(buffers, peer, leg.tag); });
     }
   }
 
@@ -155,10 +153,17 @@ class ThreadLink final : public Link {
     if (!abort_reason_.empty()) throw std::runtime_error(abort_reason_);
   }
 
-  void track(int64_t peer, Work work) {
+  template <typename Call>
+  void start(const Message& message, const Call& call) {
+    Work work;
+    try {
+      work = call({message.buffer}, static_cast<int>(message.peer));
+    } catch (const std::exception& error) {  // what is known to be closed fails here, not in the wait
+      fail(message.peer, error.what());
+    }
     std::lock_guard<std::mutex> lock(mutex_);
     if (!abort_reason_.empty()) abort_quietly(work);
-    in_flight_.emplace_back(peer, std::move(work));
+    in_flight_.emplace_back(message.peer, std::move(work));
   }
 
   void wait_for_peer(int64_t peer, const Work& work) {
@@ -168,6 +173,10 @@ class ThreadLink final : public Link {
     } catch (const std::exception& error) {
       reason = error.what();
     }
+    fail(peer, reason);
+  }
+
+  [[noreturn]] void fail(int64_t peer, const std::string& reason) {
     check_not_aborted();
     TORCH_CHECK(false, "planmoe: the exchange on the ", lane_, " link with rank ", peer,
                 " of the expert-parallel group did not finish (this is rank ", group_->getRank(),
