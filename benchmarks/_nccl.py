@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 _PIPES, _DEFAULT_PIPES = "CUDA_MPS_PIPE_DIRECTORY", Path("/tmp/nvidia-mps")  # noqa: S108 - the service's own
+_GLOO_ADDRESS, _GLOO_LABEL = "127.1.0.1/32", "lo:gloo"
 
 
 def add_sharing(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +36,8 @@ def add_sharing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--take-turns", action="store_true", help="ranks that share a card do not run side by side")
 
 
-def launch(num_ranks: int, *arguments: str, take_turns: bool) -> int:
-    """Run this program again as `num_ranks` ranks, with more arguments; the exit code."""
+def launch(num_ranks: int, *arguments: str, take_turns: bool, variables: Mapping[str, str] | None = None) -> int:
+    """Run this program again as `num_ranks` ranks, with more arguments and environment variables; the exit code."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     ranks_per_card = -(-num_ranks // max(1, torch.cuda.device_count()))
     connections = {"CUDA_DEVICE_MAX_CONNECTIONS": str(min(32, max(8, 64 // ranks_per_card)))}
@@ -46,7 +47,7 @@ def launch(num_ranks: int, *arguments: str, take_turns: bool) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *sys.argv, *arguments]
     with tempfile.TemporaryDirectory() as folder, side_by_side(1 if take_turns else ranks_per_card) as service:
         environment["XDG_CACHE_HOME"] = folder  # what links cost elsewhere is nothing to emulated hosts
-        return subprocess.run(command, env={**environment, **service}, check=False).returncode
+        return subprocess.run(command, env={**environment, **service, **(variables or {})}, check=False).returncode
 
 
 @contextmanager
@@ -79,28 +80,44 @@ def side_by_side(ranks_per_card: int) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def limited_link(hosts: int, gbit: float | None, *, fair: bool = False) -> Iterator[None]:
+def limited_link(hosts: int, gbit: float | None, *, fair: bool = False) -> Iterator[dict[str, str]]:
     """Inside, each emulated host sends at most so many gigabits a second to the others; as root, with tc.
 
     The ranks' traffic between hosts goes through the loopback device, and nothing else of size does. It waits in one
-    queue, or, if `fair`, in one for each connection as with Linux's default (fq_codel), but without its dropping.
+    queue. `fair`: what hosts tell each other over gloo waits in one of its own, at an address of its own, as where the
+    kernel is fair to connections (fq_codel, Linux's default) or another network carries it. Yields the variables by
+    which ranks find that address.
     """
     if gbit is None:
-        yield
+        yield {}
         return
-    if os.geteuid() != 0 or shutil.which("tc") is None:
-        sys.exit("--gbit limits the loopback device: that takes root, and tc of the package iproute2")
-    shaper = ["tbf", "rate", f"{hosts * gbit:g}gbit", "burst", "1mb", "limit", "64mb"]
-    subprocess.run(["tc", "qdisc", "add", "dev", "lo", "root", "handle", "1:", *shaper], check=True)
+    tools = ["tc", "ip"] if fair else ["tc"]
+    if os.geteuid() != 0 or not all(map(shutil.which, tools)):
+        sys.exit(f"--gbit limits the loopback device: that takes root, and {' and '.join(tools)} of the package iproute2")
+    rate = f"{hosts * gbit:g}gbit"
+    commands = _fair_queues(rate) if fair else [f"tc qdisc add dev lo root tbf rate {rate} burst 1mb limit 64mb"]
     try:
-        if fair:
-            queues = ["fq_codel", "limit", "10240", "target", "1s", "interval", "2s", "quantum", "65536"]
-            added = subprocess.run(["tc", "qdisc", "add", "dev", "lo", "parent", "1:1", *queues], check=False)
-            if added.returncode != 0:
-                sys.exit("--fair takes the kernel's sch_fq_codel, which tc could not add: leave --fair away")
-        yield
+        for command in commands:
+            if subprocess.run(command.split(), check=False).returncode != 0:
+                sys.exit(f"--gbit{' --fair' * fair}: the kernel did not take `{command}`")
+        yield {"GLOO_SOCKET_IFNAME": _GLOO_LABEL} if fair else {}
     finally:
-        subprocess.run(["tc", "qdisc", "del", "dev", "lo", "root"], check=False)
+        undo = ["tc qdisc del dev lo root", *([f"ip address del {_GLOO_ADDRESS} dev lo"] if fair else [])]
+        for command in undo:
+            subprocess.run(command.split(), check=False)
+
+
+def _fair_queues(rate: str) -> list[str]:
+    small, large = f"rate 1mbit ceil {rate} prio 0", f"rate {rate} prio 1"
+    return [
+        f"ip address add {_GLOO_ADDRESS} dev lo label {_GLOO_LABEL}",
+        "tc qdisc add dev lo root handle 1: htb default 3",
+        f"tc class add dev lo parent 1: classid 1:1 htb rate {rate} burst 1mb cburst 1mb",
+        f"tc class add dev lo parent 1:1 classid 1:2 htb {small} burst 1mb cburst 1mb quantum 60000",
+        f"tc class add dev lo parent 1:1 classid 1:3 htb {large} burst 1mb cburst 1mb quantum 60000",
+        "tc qdisc add dev lo parent 1:3 bfifo limit 64mb",
+        f"tc filter add dev lo parent 1: protocol ip u32 match ip dst {_GLOO_ADDRESS} flowid 1:2",
+    ]
 
 
 def start(hosts: int) -> torch.device:

@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--hosts", type=int, default=1, help="emulated hosts; TCP sockets between them")
     parser.add_argument("--gbit", type=float, help="limit what a host sends to the others, per second (root, tc)")
-    parser.add_argument("--fair", action="store_true", help="connections share the limited link fairly (sch_fq_codel)")
+    parser.add_argument("--fair", action="store_true", help="gloo's messages do not queue behind NCCL's on that link")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens per rank, hidden, width, experts, top-k")
     parser.add_argument("--only", default="", help="variants whose names hold one of these words, between slashes")
     parser.add_argument("--rounds", type=int, default=5)
@@ -147,8 +147,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if "RANK" not in os.environ:
-        with limited_link(options.hosts, options.gbit, fair=options.fair):
-            sys.exit(launch(options.ranks, take_turns=options.take_turns))
+        with limited_link(options.hosts, options.gbit, fair=options.fair) as variables:
+            sys.exit(launch(options.ranks, take_turns=options.take_turns, variables=variables))
     device = start(options.hosts)
     import deepspeed
 

@@ -35,6 +35,7 @@ ANSWER_SECONDS = 5.0  # that a training thread waits for the store
 KEPT_STEPS = 24
 NO_NUMBER = 1 << 62  # of an exchange that is being started
 _MOST_STORE_FAILURES = 3
+_LIFE_PERIODS = 3  # in which a rank that lives says so, once a wait has failed
 
 _FAILED = "failed"
 _Answer = TypeVar("_Answer")
@@ -56,6 +57,20 @@ class Position(NamedTuple):
 
 
 _START = Position(-1, -1, "the start", 0.0, waits=False)
+
+
+class _Awake:
+    """Seconds that this process could run: a pause of the whole machine, between two looks, is no silence of others."""
+
+    def __init__(self, longest: float) -> None:
+        self.seconds, self._longest, self._looked = 0.0, longest, time.monotonic()
+
+    def look(self) -> float:
+        """Now; at most `longest` after the last look."""
+        now = time.monotonic()
+        self.seconds += min(now - self._looked, self._longest)
+        self._looked = now
+        return self.seconds
 
 
 class Watchdog:
@@ -123,9 +138,10 @@ class _Monitor(threading.Thread):
         self._store = self._own_store()
         self._published: Position | None = None
         self._beat = 0
-        self._heard = time.monotonic()  # when the store last answered
+        self._num_heard = 0  # answers of the store
         self._pulses: dict[int, tuple[bytes, float]] = {}
         self._period = max(PERIOD_SECONDS, 3 * self.world_size / MAX_CALLS_PER_SECOND)
+        self._awake = self._count_awake()
 
     def _own_store(self) -> Store:
         store = job_store()
@@ -134,6 +150,9 @@ class _Monitor(threading.Thread):
             with contextlib.suppress(RuntimeError, NotImplementedError):
                 store = store.clone()  # a connection of its own: the program may block on the other one
         return PrefixStore(f"watch/{round_number}", store)
+
+    def _count_awake(self) -> _Awake:
+        return _Awake(max(2 * self._period, SILENCE_SECONDS / 4))
 
     def move(self, position: Position, on_device: Exchange | None = None) -> None:
         """Be somewhere else, with the device perhaps still in an exchange; cheap."""
@@ -168,10 +187,21 @@ class _Monitor(threading.Thread):
             self._ask(self._read_reason, None)
         if self.reason is None:
             kind = "mismatch" if isinstance(error, PlanMoEMismatchError) else "error"
+            lifeless = "" if kind == "mismatch" else self._ask(self._who_shows_no_life, "")
             where = self._ask(self._where_all_are, "the job's store does not answer")
-            self._give_in_time(Reason(self.rank, kind, f"rank {self.rank} stopped in {what}: {error}\n{where}"))
+            text = f"rank {self.rank} stopped in {what}: {error}\n{lifeless}{where}"
+            self._give_in_time(Reason(self.rank, kind, text))
         assert self.reason is not None
         return self.reason
+
+    def _who_shows_no_life(self) -> str:
+        """A line about ranks of this rank's groups that died or hang, or nothing; takes a few periods."""
+        peers = sorted({rank for ranks in self._members.values() for rank in ranks} - {self.rank})
+        pulses = {peer: self._pulse_of(peer) for peer in peers}
+        time.sleep(_LIFE_PERIODS * self._period)
+        lifeless = [f"rank {peer}" for peer, pulse in pulses.items() if self._pulse_of(peer) == pulse]
+        meanwhile = f"{_LIFE_PERIODS * self._period:g} s"
+        return f"no sign of life for {meanwhile} from {', '.join(lifeless)}: dead or hanging\n" if lifeless else ""
 
     def publish(self, error: BaseException, where: str) -> None:
         """Let all ranks stop because of an error of this one's own."""
@@ -217,9 +247,12 @@ class _Monitor(threading.Thread):
 
     def _watch_the_clock(self) -> None:
         """Stop a rank that waits while the store does not answer."""
+        awake, num_heard, since = self._count_awake(), self._num_heard, 0.0
         while self.reason is None and not self._stopping.wait(self._period):
-            place = self._place_of_wait()
-            if place.waits and time.monotonic() - self._heard > SILENCE_SECONDS + self._period:
+            place, now = self._place_of_wait(), awake.look()
+            if self._num_heard != num_heard:
+                num_heard, since = self._num_heard, now
+            if place.waits and now - since > SILENCE_SECONDS + self._period:
                 text = (
                     f"rank {self.rank} {place.describe()}; the job's store, where ranks say that they live, "
                     f"has not answered for {SILENCE_SECONDS:g} s: the link to it is cut, or the process that serves "
@@ -233,10 +266,11 @@ class _Monitor(threading.Thread):
             self._look()
         except (RuntimeError, ValueError, TypeError):
             return False
-        self._heard = time.monotonic()
+        self._num_heard += 1
         return True
 
     def _look(self) -> None:
+        self._awake.look()
         if self.reason is None:
             self._read_reason()
         elif not self._told:  # found while the store did not answer
@@ -297,13 +331,16 @@ class _Monitor(threading.Thread):
         return Reason(self.rank, "error", f"{text}\n{self._where_all_are()}")
 
     def _is_silent(self, peer: int) -> bool:
-        key, now = f"pulse/{peer}", time.monotonic()
-        pulse = self._store.get(key) if self._store.check([key]) else b""
+        now, pulse = self._awake.seconds, self._pulse_of(peer)
         seen, since = self._pulses.get(peer, (None, now))
         if pulse != seen:
             since = now
         self._pulses[peer] = (pulse, since)
         return now - since > SILENCE_SECONDS
+
+    def _pulse_of(self, peer: int) -> bytes:
+        key = f"pulse/{peer}"
+        return self._store.get(key) if self._store.check([key]) else b""
 
     def _position_of(self, peer: int) -> Position | None:
         key = f"position/{peer}"

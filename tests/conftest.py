@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.harness.ranks import RankPool
 
@@ -14,6 +16,12 @@ _MARKERS = {
     "gpu": "needs a CUDA device; skipped without one",
     "slow": "takes more than about ten seconds",
 }
+
+
+# No time limit for an example, on machines that are busy; the same examples in every run, so that a failure of a change
+# is the change's. HYPOTHESIS_SEEDS=new looks for others.
+settings.register_profile("planmoe", deadline=None, derandomize=os.environ.get("HYPOTHESIS_SEEDS") != "new")
+settings.load_profile("planmoe")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -98,11 +98,11 @@ def test_a_program_that_is_not_there() -> None:
 
 def test_time_is_bounded_and_descendants_end_too() -> None:
     start = time.monotonic()
-    done = run(TWO_BY_TWO, "sh", "-c", "echo begun; setsid sleep 4713.5 & sleep 4713.5", timeout=2)
+    done = run(TWO_BY_TWO, "sh", "-c", "echo begun; setsid sleep 4713.5 & sleep 4713.5", timeout=6)
     assert done.returncode == TIMED_OUT
     assert done.stdout == "begun\n"
-    assert "took longer than 2 s" in done.stderr
-    assert time.monotonic() - start < 20
+    assert "took longer than 6 s" in done.stderr
+    assert time.monotonic() - start < 24
     wait_until_gone("4713.5")
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(450)
 def test_a_short_soak() -> None:
     command = [sys.executable, "benchmarks/soak.py", "--minutes", "0.2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)

@@ -1,6 +1,7 @@
 """Sends bytes between ranks: `python traffic.py SENDERS RECEIVERS MEGABYTES`, on every rank.
 
-SENDERS and RECEIVERS are rank lists of one length such as 0,1 and 2,3; all flows run at once. Rank 0 prints when each
+SENDERS and RECEIVERS are rank lists of one length such as 0,1 and 2,3, MEGABYTES one number or a list of that length; all
+flows run at once. Rank 0 prints when each
 flow began and ended, in seconds of the machine's monotonic clock, as JSON.
 """
 
@@ -49,7 +50,7 @@ def connect(address: tuple[str, int]) -> socket.socket:
             time.sleep(0.02)
 
 
-def run_flows(senders: list[int], receivers: list[int], size: int) -> Times:
+def run_flows(senders: list[int], receivers: list[int], sizes: list[int]) -> Times:
     """This rank's part; returns the times of the flows it receives."""
     rank = int(os.environ["RANK"])
     times: Times = {}
@@ -57,10 +58,10 @@ def run_flows(senders: list[int], receivers: list[int], size: int) -> Times:
     for flow, receiver in enumerate(receivers):
         if receiver == rank:
             listener = socket.create_server(("0.0.0.0", FIRST_PORT + flow))  # noqa: S104  the emulated network only
-            threads.append(threading.Thread(target=receive, args=(listener, times, flow, size)))
+            threads.append(threading.Thread(target=receive, args=(listener, times, flow, sizes[flow])))
     for flow, (sender, receiver) in enumerate(zip(senders, receivers, strict=True)):
         if sender == rank:
-            threads.append(threading.Thread(target=send, args=(receiver, flow, size)))
+            threads.append(threading.Thread(target=send, args=(receiver, flow, sizes[flow])))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -72,7 +73,8 @@ def main() -> None:
     senders, receivers = ([int(rank) for rank in text.split(",")] for text in sys.argv[1:3])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     hub = socket.create_server(("0.0.0.0", MASTER[1])) if rank == 0 else None  # noqa: S104
-    times = run_flows(senders, receivers, int(float(sys.argv[3]) * 1e6))
+    sizes = [int(float(text) * 1e6) for text in sys.argv[3].split(",")]
+    times = run_flows(senders, receivers, sizes if len(sizes) > 1 else sizes * len(senders))
     if hub is None:
         with connect(MASTER) as connection:
             connection.sendall(json.dumps(times).encode())

@@ -66,9 +66,7 @@ def test_every_algorithm_has_a_row(package: str) -> None:
 
 
 generated_cases = settings(
-    derandomize=True,
     max_examples=2,
-    deadline=None,
     phases=[Phase.generate],  # shrinking would run into ranks that hang
     suppress_health_check=list(HealthCheck),
 )
@@ -195,9 +193,9 @@ def wait_for_an_absent_peer(package: str, names: list[str], nodes: tuple[int, ..
     size, seconds = dist.get_world_size(), {}
     ones, rows = [1] * size, torch.zeros(size, 4)
     with plugged_in(package):
-        comms = {name: new_comm(name, nodes, timeout_ms=1000) for name in names}
+        comms = {name: new_comm(name, nodes, timeout_ms=1500) for name in names}
         if dist.get_rank() == size - 1:
-            time.sleep(2.5 * len(names))
+            time.sleep(3.5 * len(names))
             return {}
         for name, comm in comms.items():
             start = time.monotonic()
@@ -214,7 +212,7 @@ def wait_for_an_absent_peer(package: str, names: list[str], nodes: tuple[int, ..
 @pytest.mark.parametrize(("names", "nodes"), [(NAMES, (0, 0)), (["dedup", "hierarchical", "pipe"], (0, 0, 1))])
 def test_a_wait_is_bounded(ranks: RankPool, package: str, names: list[str], nodes: tuple[int, ...]) -> None:
     waited = ranks.run(len(nodes), wait_for_an_absent_peer, package, names, nodes, fresh=True)[:-1]
-    assert all(0.8 < value < 1.9 for seconds in waited for value in seconds.values()), waited
+    assert all(1.3 < value < 2.9 for seconds in waited for value in seconds.values()), waited
 
 
 def close_and_start(package: str) -> None:

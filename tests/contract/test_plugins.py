@@ -212,7 +212,7 @@ class SlowCodec(PythonBfloat16):
     """Lets other threads run while it encodes."""
 
     def encode_tensor(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        time.sleep(0.3)
+        time.sleep(1.5)
         return super().encode_tensor(rows, dtype)
 
 

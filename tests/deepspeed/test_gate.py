@@ -51,7 +51,7 @@ def test_evaluation_bfloat16_and_equal_tokens(device: str, k: int) -> None:
     compare(make_gate(device, k=k), make_tokens(128, device)[::2])  # not contiguous
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @example(num_tokens=1024, num_experts=1, k=1, factor=0.5)
 @example(num_tokens=5, num_experts=1, k=2, factor=0.5)
 @given(

@@ -95,7 +95,7 @@ def test_what_is_recomputed_is_what_ran(ranks: RankPool) -> None:
 
 @pytest.mark.parametrize("way", ["one never", "one twice"])
 def test_a_call_without_its_backward_ends_the_trial(ranks: RankPool, way: str) -> None:
-    (mine, said), (theirs, _) = ranks.run(2, try_both, [6.0, 6.0], [1.0, 1.0], way)
+    (mine, said), (theirs, _) = ranks.run(2, try_both, [60.0, 60.0], [1.0, 1.0], way)
     assert mine == theirs
     assert len(said) == 1
     if way == "one never":

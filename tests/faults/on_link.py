@@ -51,7 +51,8 @@ def main() -> None:
         sums: list[float] = []
         seconds, kind, message = seconds_until_error(lambda: train(model, sys.argv[1], sums))
     line = json.dumps({"rank": dist.get_rank(), "seconds": seconds, "kind": kind, "message": message, "sums": sums})
-    print(f"\nfound {line}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"\nfound {line}\n")  # at once: other ranks write there, too
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -69,6 +69,25 @@ def test_a_rank_that_is_gone_while_it_waits_like_the_others(ranks: RankPool) -> 
         assert seconds < (12 if rank < ODD else 25)
 
 
+def pause_all() -> tuple[float, str, str]:
+    """The machine stops for longer than a rank may be silent while others wait for the odd one, and goes on."""
+    with patch.object(watchdog_module, "SILENCE_SECONDS", 4.0):
+        model = Model({"timeout_seconds": 60})
+        processes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(processes, os.getpid())
+        hidden = model.layer(0, *batch())
+        if dist.get_rank() == ODD:
+            everyone = " ".join(map(str, processes))
+            subprocess.Popen(["sh", "-c", f"sleep 2; kill -STOP {everyone}; sleep 6; kill -CONT {everyone}"])
+            for _ in range(100):
+                time.sleep(0.1)  # ten seconds of its own
+        return seconds_until_error(lambda: model.layer(1, hidden, batch()[1]))
+
+
+def test_a_pause_of_all_is_no_silence(ranks: RankPool) -> None:
+    assert [found[1:] for found in ranks.run(4, pause_all, fresh=True, timeout=60)] == [("", "")] * 4
+
+
 def start_slowly() -> tuple[float, str, str]:
     """All that survive are in the start of an exchange, as over NCCL where one counts there what passes through it."""
     with patch.object(watchdog_module, "SILENCE_SECONDS", 3.0):
@@ -116,6 +135,17 @@ def agree(action: Any, hosts: bool) -> tuple[float, str, str]:
                 group.sum_of_ranks(torch.ones(3), "adding up what tasks took")
 
     return seconds_until_error(add_up)
+
+
+@pytest.mark.parametrize("hosts", [False, True])
+def test_a_rank_that_dies_as_others_agree(ranks: RankPool, hosts: bool) -> None:
+    for outcome in ranks.run(4, agree, die, hosts, expect_failure=True, fresh=True, timeout=60):
+        if outcome.rank != ODD:
+            seconds, kind, message = outcome.result
+            assert kind == "PlanMoEError", message
+            assert "stopped in adding up what tasks took" in message, message
+            assert f"no sign of life for 1.5 s from rank {ODD}: dead or hanging" in message, message
+            assert seconds < 12
 
 
 @pytest.mark.parametrize("hosts", [False, True])

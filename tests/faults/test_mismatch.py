@@ -161,6 +161,9 @@ def test_every_rank_learns_what_differs(outcomes: list[dict[str, Found]], case: 
         seconds, kind, message = found[case.__name__]
         assert kind == "PlanMoEMismatchError", (rank, kind, message)
         assert seconds < SECONDS, (rank, seconds, message)
+        if case in (skip_a_layer, swap_layers) and "ranks are in different places of one exchange" in message:
+            assert "layer 1 forward" in message  # a watchdog found out first, since a rank's counts were late
+            continue
         for words in CASES[case]:
             assert words in message, (rank, message)
 

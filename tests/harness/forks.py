@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -94,6 +95,8 @@ class ForkServer:
                 raise ForkServerError(f"no answer in {_ANSWER_SECONDS} s: {self._trouble()}")
             answer: int | None = self._connection.recv()
         except (EOFError, OSError) as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)  # its end of the connection closes before it has ended
             raise ForkServerError(self._trouble()) from error
         self._is_asked = False
         return answer

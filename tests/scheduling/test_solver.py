@@ -39,13 +39,13 @@ def test_equal_to_exhaustive_search_on_any_graph(block: int) -> None:
         check_optimal(random_graph(rng))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.randoms(use_true_random=False))
 def test_equal_to_exhaustive_search_on_shrinking_layers(rng: random.Random) -> None:
     check_optimal(random_layer(rng))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.randoms(use_true_random=False), st.integers(3, 16), st.booleans(), st.sampled_from([None, 1, 2, 3]))
 def test_never_below_the_bound_nor_above_the_seed(
     rng: random.Random, num_chunks: int, backward: bool, window: int | None
@@ -65,7 +65,7 @@ def equal_chunks(num_chunks: int, codec: float, exchange: float, work: float, la
     return layer_graph([ChunkCosts(codec, costs, 0.0, work, 0.0, costs, last)] * num_chunks)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 8), *[st.integers(0, 20)] * 4)
 def test_schemoes_order_is_optimal_for_equal_chunks(
     num_chunks: int, codec: int, exchange: int, work: int, last: int
@@ -132,6 +132,11 @@ def test_fast_enough_for_training() -> None:
     rng = random.Random(3)
     for num_chunks, limit in ((8, 0.05), (16, 1.0)):
         graph = layer_graph(random_chunks(rng, num_chunks, backward=True))
-        start = time.perf_counter()
-        solve(graph, 0.9 * limit)
-        assert time.perf_counter() - start < 3 * limit  # the machine may be busy; the benchmark measures
+        seconds = []
+        for _ in range(5):  # the machine may be busy; the benchmark measures
+            start = time.perf_counter()
+            solve(graph, 0.9 * limit)
+            seconds.append(time.perf_counter() - start)
+            if seconds[-1] < 3 * limit:
+                break
+        assert min(seconds) < 3 * limit

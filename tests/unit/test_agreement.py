@@ -75,8 +75,8 @@ def start_late() -> float:
 @pytest.mark.distributed
 def test_half_the_process_groups_timeout_is_waited_for_a_late_rank(ranks: RankPool) -> None:
     waited, late = ranks.run(2, start_late, fresh=True)
-    assert 1.9 < waited < 4  # a FileStore counts whole seconds
-    assert late < 1
+    assert 1.9 < waited < 4.9  # a FileStore counts whole seconds
+    assert late < 1.9
 
 
 def timeouts(settings: dict[str, object]) -> list[float]:

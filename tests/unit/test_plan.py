@@ -140,7 +140,7 @@ def check_chunk(case: Case, order: TokenOrder, chunk: int) -> None:
     assert order.fan[chunk].tolist() == fan
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(routings())
 def test_tokens_are_ordered_and_counted(case: Case) -> None:
     order = run_order(case)
@@ -260,7 +260,7 @@ def arrivals(draw: st.DrawFn) -> Arrived:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(arrivals(), st.booleans())
 def test_arrived_rows_find_their_experts(arrived: Arrived, with_places: bool) -> None:
     expected = arrived.entries(with_places)
@@ -273,7 +273,7 @@ def test_arrived_rows_find_their_experts(arrived: Arrived, with_places: bool) ->
     assert spread.start.tolist() == before
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(arrivals(), st.sampled_from([-1, 1]))
 def test_rows_that_were_not_announced_are_refused(arrived: Arrived, error: int) -> None:
     announced = len(arrived.entries(with_places=False)) + error
@@ -282,7 +282,7 @@ def test_rows_that_were_not_announced_are_refused(arrived: Arrived, error: int) 
             arrived.spread(announced, with_places=False)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6), st.booleans())
 def test_layouts(num_sources: int, num_local: int, seed: int, padded: bool) -> None:
     counts = np.random.default_rng(seed).integers(0, 4, (num_sources, num_local))

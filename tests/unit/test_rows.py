@@ -17,7 +17,7 @@ DROPPED = -1
 shapes = st.tuples(st.integers(1, 3), st.integers(0, 12), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shapes, st.integers(1, 5), st.sampled_from(list(ChunkBy)), st.integers(0, 10**6))
 def test_rows_are_sorted_and_complete(
     shape: tuple[int, int, int, int], num_chunks: int, chunk_by: ChunkBy, seed: int
@@ -67,7 +67,7 @@ def test_all_tokens_to_one_expert(chunk_by: ChunkBy) -> None:
     assert order.counts_XE[:, 3].tolist() == ([3, 3] if chunk_by is ChunkBy.TOKEN else [0, 6])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.booleans(), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 10**6))
 def test_both_sides_of_a_trip(near: list[bool], per_rank: int, num_chunks: int, seed: int) -> None:
     num_ranks, generator = len(near), torch.Generator().manual_seed(seed)
