@@ -93,7 +93,7 @@ def limited_link(hosts: int, gbit: float | None, *, fair: bool = False) -> Itera
         return
     tools = ["tc", "ip"] if fair else ["tc"]
     if os.geteuid() != 0 or not all(map(shutil.which, tools)):
-        sys.exit(f"--gbit limits the loopback device: that takes root, and {' and '.join(tools)} of the package iproute2")
+        sys.exit(f"--gbit limits the loopback device: that takes root and iproute2's {' and '.join(tools)}")
     rate = f"{hosts * gbit:g}gbit"
     commands = _fair_queues(rate) if fair else [f"tc qdisc add dev lo root tbf rate {rate} burst 1mb limit 64mb"]
     try:
@@ -112,7 +112,7 @@ def _fair_queues(rate: str) -> list[str]:
     return [
         f"ip address add {_GLOO_ADDRESS} dev lo label {_GLOO_LABEL}",
         "tc qdisc add dev lo root handle 1: htb default 3",
-        f"tc class add dev lo parent 1: classid 1:1 htb rate {rate} burst 1mb cburst 1mb",
+        f"tc class add dev lo parent 1: classid 1:1 htb rate {rate} burst 1mb cburst 1mb quantum 60000",
         f"tc class add dev lo parent 1:1 classid 1:2 htb {small} burst 1mb cburst 1mb quantum 60000",
         f"tc class add dev lo parent 1:1 classid 1:3 htb {large} burst 1mb cburst 1mb quantum 60000",
         "tc qdisc add dev lo parent 1:3 bfifo limit 64mb",

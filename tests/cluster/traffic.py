@@ -1,8 +1,8 @@
 """Sends bytes between ranks: `python traffic.py SENDERS RECEIVERS MEGABYTES`, on every rank.
 
-SENDERS and RECEIVERS are rank lists of one length such as 0,1 and 2,3, MEGABYTES one number or a list of that length; all
-flows run at once. Rank 0 prints when each
-flow began and ended, in seconds of the machine's monotonic clock, as JSON.
+SENDERS and RECEIVERS are rank lists of one length such as 0,1 and 2,3, MEGABYTES one number or a list of that length;
+all flows run at once. Rank 0 prints when each flow began and ended, in seconds of the machine's monotonic clock, as
+JSON.
 """
 
 from __future__ import annotations

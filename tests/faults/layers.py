@@ -66,6 +66,23 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def hang() -> None:
+    """Until all other ranks are `done`, or for 40 s."""
+    for _ in range(400):
+        if _store().add("done", 0) == dist.get_world_size() - 1:
+            return
+        time.sleep(0.1)
+
+
+def done() -> None:
+    """Nobody has to hang for this rank any more."""
+    _store().add("done", 1)
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
 class _BackwardCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, action):  # type: ignore[no-untyped-def]

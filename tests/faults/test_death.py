@@ -13,7 +13,7 @@ from torch import nn
 
 import planmoe_ds.watchdog as watchdog_module
 from tests.engine.support import rank_device
-from tests.faults.layers import HIDDEN, Model, batch, die, in_backward, notice, seconds_until_error
+from tests.faults.layers import HIDDEN, Model, batch, die, done, hang, in_backward, notice, seconds_until_error
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -33,10 +33,6 @@ class Expert(nn.Module):
         if dist.get_rank() == ODD:
             self.action()
         return self.linear(values)
-
-
-def hang() -> None:
-    time.sleep(12)
 
 
 def run_out_of_memory() -> None:
@@ -87,7 +83,9 @@ def run_case(place: Any, action: Any, settings: dict[str, object], silence: floa
     with patch.object(watchdog_module, "SILENCE_SECONDS", silence):
         model = Model(settings)
         dist.barrier()
-        return seconds_until_error(lambda: (place(model, action), notice(model)))
+        found = seconds_until_error(lambda: (place(model, action), notice(model)))
+        done()
+        return found
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)

@@ -24,8 +24,8 @@ from planmoe_ds.rows import order_rows
 from planmoe_ds.stopping import Reason
 from planmoe_ds.tensor_parallel import TensorParallelSplit, gather_rows
 from tests.engine.support import rank_device
-from tests.faults.layers import HIDDEN, Model, batch, die, seconds_until_error
-from tests.faults.test_death import ODD, hang, run_out_of_memory
+from tests.faults.layers import HIDDEN, Model, batch, die, done, hang, seconds_until_error
+from tests.faults.test_death import ODD, run_out_of_memory
 from tests.harness.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -78,9 +78,9 @@ def pause_all() -> tuple[float, str, str]:
         hidden = model.layer(0, *batch())
         if dist.get_rank() == ODD:
             everyone = " ".join(map(str, processes))
-            subprocess.Popen(["sh", "-c", f"sleep 2; kill -STOP {everyone}; sleep 6; kill -CONT {everyone}"])
-            for _ in range(100):
-                time.sleep(0.1)  # ten seconds of its own
+            subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {everyone}; sleep 5; kill -CONT {everyone}"])
+            for _ in range(40):
+                time.sleep(0.1)  # four seconds of its own
         return seconds_until_error(lambda: model.layer(1, hidden, batch()[1]))
 
 
@@ -134,7 +134,9 @@ def agree(action: Any, hosts: bool) -> tuple[float, str, str]:
             else:
                 group.sum_of_ranks(torch.ones(3), "adding up what tasks took")
 
-    return seconds_until_error(add_up)
+    found = seconds_until_error(add_up)
+    done()
+    return found
 
 
 @pytest.mark.parametrize("hosts", [False, True])

@@ -10,6 +10,7 @@ import pytest
 import planmoe_ds.watchdog as watchdog_module
 from tests.deepspeed import test_checkpoints
 from tests.faults import test_death, test_files, test_late, test_mismatch, test_numbers
+from tests.faults.layers import hang
 from tests.harness.ranks import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.distributed, pytest.mark.slow]
@@ -69,7 +70,7 @@ def test_another_capacity_is_no_fault(gpu_ranks: RankPool) -> None:
 
 
 def test_a_rank_that_hangs_is_named(gpu_ranks: RankPool) -> None:
-    arguments = test_death.in_forward, test_death.hang, {"timeout_seconds": 3, **TWO_NODES}, 60.0
+    arguments = test_death.in_forward, hang, {"timeout_seconds": 3, **TWO_NODES}, 60.0
     outcomes = gpu_ranks.run(4, test_death.run_case, *arguments, expect_failure=True, fresh=True, timeout=120)
     for outcome in outcomes:
         seconds, kind, message = outcome.result

@@ -12,11 +12,14 @@ import pytest
 
 from benchmarks._nccl import ROOT, limited_link
 
-TOLD = ["tc qdisc add dev lo root tbf rate 13.8gbit"], [
-    "ip address add 127.1.0.1/32 dev lo label lo:gloo",
-    "tc qdisc add dev lo root handle 1: htb",
-    "tc class add dev lo parent 1: classid 1:1 htb rate 13.8gbit",
-]
+TOLD = (
+    ["tc qdisc add dev lo root tbf rate 13.8gbit"],
+    [
+        "ip address add 127.1.0.1/32 dev lo label lo:gloo",
+        "tc qdisc add dev lo root handle 1: htb",
+        "tc class add dev lo parent 1: classid 1:1 htb rate 13.8gbit",
+    ],
+)
 UNDONE = ["tc qdisc del dev lo root"], ["tc qdisc del dev lo root", "ip address del 127.1.0.1/32 dev lo"]
 
 
@@ -45,9 +48,13 @@ def test_unlimited(calls: Path) -> None:
 
 @pytest.mark.parametrize("fair", [False, True])
 def test_both_hosts_share_the_loopback_device(calls: Path, fair: bool) -> None:
-    with pytest.raises(RuntimeError, match="inside"), limited_link(2, 6.9, fair=fair) as variables:
-        assert variables.get("GLOO_SOCKET_IFNAME") == ("lo:gloo" if fair else None)
-        raise RuntimeError("inside")
+    def fail_inside() -> None:
+        with limited_link(2, 6.9, fair=fair) as variables:
+            assert variables.get("GLOO_SOCKET_IFNAME") == ("lo:gloo" if fair else None)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
     told = calls.read_text().splitlines()
     for line, expected in zip(told, TOLD[fair], strict=False):
         assert line.startswith(expected)
@@ -56,7 +63,9 @@ def test_both_hosts_share_the_loopback_device(calls: Path, fair: bool) -> None:
 
 def test_a_kernel_without_what_it_takes(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFUSED", "htb")
-    with pytest.raises(SystemExit, match="--gbit --fair: the kernel did not take `tc qdisc add dev lo root handle 1: htb"):
+    with pytest.raises(
+        SystemExit, match="--gbit --fair: the kernel did not take `tc qdisc add dev lo root handle 1: htb"
+    ):
         limited_link(2, 6.9, fair=True).__enter__()
     assert calls.read_text().splitlines()[-2:] == UNDONE[True]
 
