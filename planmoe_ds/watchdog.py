@@ -182,26 +182,31 @@ class _Monitor(threading.Thread):
 
     def explain(self, error: RuntimeError, what: str) -> Reason:
         """The reason why a wait failed: one that is known, or else this error, which all ranks then learn."""
+        before: dict[int, bytes] = {}
         if self.reason is None:
+            before = self._ask(self._pulses_of_peers, before)
             time.sleep(self._period)  # a rank that is gone takes its neighbours along: who was first?
             self._ask(self._read_reason, None)
         if self.reason is None:
             kind = "mismatch" if isinstance(error, PlanMoEMismatchError) else "error"
-            lifeless = "" if kind == "mismatch" else self._ask(self._who_shows_no_life, "")
+            lifeless = "" if kind == "mismatch" else self._who_shows_no_life(before)
             where = self._ask(self._where_all_are, "the job's store does not answer")
             text = f"rank {self.rank} stopped in {what}: {error}\n{lifeless}{where}"
             self._give_in_time(Reason(self.rank, kind, text))
         assert self.reason is not None
         return self.reason
 
-    def _who_shows_no_life(self) -> str:
-        """A line about ranks of this rank's groups that died or hang, or nothing; takes a few periods."""
-        peers = sorted({rank for ranks in self._members.values() for rank in ranks} - {self.rank})
-        pulses = {peer: self._pulse_of(peer) for peer in peers}
-        time.sleep(_LIFE_PERIODS * self._period)
-        lifeless = [f"rank {peer}" for peer, pulse in pulses.items() if self._pulse_of(peer) == pulse]
+    def _who_shows_no_life(self, before: dict[int, bytes]) -> str:
+        """A line about ranks whose pulses, a period ago, were the same as in a few periods, or nothing."""
+        time.sleep((_LIFE_PERIODS - 1) * self._period)
+        nothing: dict[int, bytes] = {}
+        now = self._ask(self._pulses_of_peers, nothing)
+        lifeless = [f"rank {peer}" for peer, pulse in before.items() if now.get(peer) == pulse]
         meanwhile = f"{_LIFE_PERIODS * self._period:g} s"
         return f"no sign of life for {meanwhile} from {', '.join(lifeless)}: dead or hanging\n" if lifeless else ""
+
+    def _pulses_of_peers(self) -> dict[int, bytes]:
+        return {peer: self._pulse_of(peer) for peer in self._ranks_of_groups() if peer != self.rank}
 
     def publish(self, error: BaseException, where: str) -> None:
         """Let all ranks stop because of an error of this one's own."""
@@ -338,6 +343,9 @@ class _Monitor(threading.Thread):
         self._pulses[peer] = (pulse, since)
         return now - since > SILENCE_SECONDS
 
+    def _ranks_of_groups(self) -> list[int]:
+        return sorted({rank for ranks in self._members.values() for rank in ranks})
+
     def _pulse_of(self, peer: int) -> bytes:
         key = f"pulse/{peer}"
         return self._store.get(key) if self._store.check([key]) else b""
@@ -348,10 +356,9 @@ class _Monitor(threading.Thread):
 
     def _where_all_are(self) -> str:
         """A line per rank that has told where it is: of this rank's groups, or the whole small world."""
-        ranks = sorted({rank for ranks in self._members.values() for rank in ranks})
         lines = []
         with contextlib.suppress(RuntimeError):
-            for rank in ranks:
+            for rank in self._ranks_of_groups():
                 place = self.position if rank == self.rank else self._position_of(rank)
                 lines.append(f"  rank {rank} " + ("has told nothing yet" if place is None else place.describe()))
         return "\n".join(["where the ranks are:", *lines])

@@ -32,9 +32,10 @@ Snapshot = dict[str, dict[str, Any]]
 
 
 def preload_deepspeed() -> None:
-    """Import DeepSpeed, so that no call has to."""
+    """Import DeepSpeed, and what the first reset imports, so that no call has to."""
     for name in _DEEPSPEED_MODULES:
         importlib.import_module(name)
+    reset_torch()
     gc.collect()
     gc.freeze()
 
