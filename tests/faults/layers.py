@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from planmoe_ds.layer import ExpertParallelLayer
+from planmoe_ds.watchdog import PERIOD_SECONDS
 from tests.engine.support import make_layer, rank_device, routes_of, run_layer
 
 HIDDEN = 16
@@ -67,11 +68,12 @@ def die(*_: object) -> None:
 
 
 def hang() -> None:
-    """Until all other ranks are `done`, or for 40 s."""
+    """Until all other ranks are `done` and this one's watchdog has heard why, or for 40 s."""
     for _ in range(400):
         if _store().add("done", 0) == dist.get_world_size() - 1:
-            return
+            break
         time.sleep(0.1)
+    time.sleep(4 * PERIOD_SECONDS)
 
 
 def done() -> None:
