@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 _PIPES, _DEFAULT_PIPES = "CUDA_MPS_PIPE_DIRECTORY", Path("/tmp/nvidia-mps")  # noqa: S108 - the service's own
 _GLOO_ADDRESS, _GLOO_LABEL = "127.1.0.1/32", "lo:gloo"
+_REMOVE_QUEUES = "tc qdisc del dev lo root"
 
 
 def add_sharing(parser: argparse.ArgumentParser) -> None:
@@ -84,9 +85,9 @@ def limited_link(hosts: int, gbit: float | None, *, fair: bool = False) -> Itera
     """Inside, each emulated host sends at most so many gigabits a second to the others; as root, with tc.
 
     The ranks' traffic between hosts goes through the loopback device, and nothing else of size does. It waits in one
-    queue. `fair`: what hosts tell each other over gloo waits in one of its own, at an address of its own, as where the
-    kernel is fair to connections (fq_codel, Linux's default) or another network carries it. Yields the variables by
-    which ranks find that address.
+    queue. `fair`: what hosts tell each other over gloo has a queue of its own that goes first, at an address of its
+    own: nearly as where queues are fair to connections (fq_codel) or another network carries it. Yields the variables
+    by which ranks find that address.
     """
     if gbit is None:
         yield {}
@@ -95,29 +96,26 @@ def limited_link(hosts: int, gbit: float | None, *, fair: bool = False) -> Itera
     if os.geteuid() != 0 or not all(map(shutil.which, tools)):
         sys.exit(f"--gbit limits the loopback device: that takes root and iproute2's {' and '.join(tools)}")
     rate = f"{hosts * gbit:g}gbit"
-    commands = _fair_queues(rate) if fair else [f"tc qdisc add dev lo root tbf rate {rate} burst 1mb limit 64mb"]
-    try:
-        for command in commands:
+    root = "tc qdisc add dev lo root"
+    steps = [(f"{root} tbf rate {rate} burst 1mb limit 64mb", _REMOVE_QUEUES)]
+    if fair:
+        limits = f"ceil {rate} burst 1mb cburst 1mb quantum 60000"
+        steps = [
+            (f"{root} handle 1: htb default 3", _REMOVE_QUEUES),
+            (f"tc class add dev lo parent 1: classid 1:1 htb rate {rate} {limits}", ""),
+            (f"tc class add dev lo parent 1:1 classid 1:2 htb rate {rate} prio 0 {limits}", ""),
+            (f"tc class add dev lo parent 1:1 classid 1:3 htb rate 1mbit prio 1 {limits}", ""),
+            ("tc qdisc add dev lo parent 1:3 bfifo limit 64mb", ""),
+            (f"tc filter add dev lo parent 1: protocol ip u32 match ip dst {_GLOO_ADDRESS} flowid 1:2", ""),
+            (f"ip address add {_GLOO_ADDRESS} dev lo label {_GLOO_LABEL}", f"ip address del {_GLOO_ADDRESS} dev lo"),
+        ]
+    with ExitStack() as undo:
+        for command, opposite in steps:
             if subprocess.run(command.split(), check=False).returncode != 0:
                 sys.exit(f"--gbit{' --fair' * fair}: the kernel did not take `{command}`")
+            if opposite:
+                undo.callback(subprocess.run, opposite.split(), check=False)
         yield {"GLOO_SOCKET_IFNAME": _GLOO_LABEL} if fair else {}
-    finally:
-        undo = ["tc qdisc del dev lo root", *([f"ip address del {_GLOO_ADDRESS} dev lo"] if fair else [])]
-        for command in undo:
-            subprocess.run(command.split(), check=False)
-
-
-def _fair_queues(rate: str) -> list[str]:
-    small, large = f"rate 1mbit ceil {rate} prio 0", f"rate {rate} prio 1"
-    return [
-        f"ip address add {_GLOO_ADDRESS} dev lo label {_GLOO_LABEL}",
-        "tc qdisc add dev lo root handle 1: htb default 3",
-        f"tc class add dev lo parent 1: classid 1:1 htb rate {rate} burst 1mb cburst 1mb quantum 60000",
-        f"tc class add dev lo parent 1:1 classid 1:2 htb {small} burst 1mb cburst 1mb quantum 60000",
-        f"tc class add dev lo parent 1:1 classid 1:3 htb {large} burst 1mb cburst 1mb quantum 60000",
-        "tc qdisc add dev lo parent 1:3 bfifo limit 64mb",
-        f"tc filter add dev lo parent 1: protocol ip u32 match ip dst {_GLOO_ADDRESS} flowid 1:2",
-    ]
 
 
 def start(hosts: int) -> torch.device:
@@ -127,7 +125,7 @@ def start(hosts: int) -> torch.device:
         sys.exit(f"{size} ranks cannot be divided among {hosts} hosts")
     if hosts > 1:
         os.environ["NCCL_HOSTID"] = f"host{rank // (size // hosts)}"
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")  # no name that begins so
     number = rank % torch.cuda.device_count()
     os.environ["LOCAL_RANK"] = str(number)  # DeepSpeed takes it for the device
     torch.cuda.set_device(number)

@@ -200,7 +200,12 @@ class ExpertGroup:
                     self.watchdog.check()
                 time.sleep(pause)
                 pause = min(1.2 * pause, _LONGEST_POLL_SECONDS)
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError:  # a connection is lost, and gloo does not say to whom
+                if self.watchdog is not None:
+                    self.watchdog.check_for_silence()
+                raise
         return bool(told)
 
     def counts_filler(self, width: int) -> int:

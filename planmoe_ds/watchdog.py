@@ -35,7 +35,6 @@ ANSWER_SECONDS = 5.0  # that a training thread waits for the store
 KEPT_STEPS = 24
 NO_NUMBER = 1 << 62  # of an exchange that is being started
 _MOST_STORE_FAILURES = 3
-_LIFE_PERIODS = 3  # in which a rank that lives says so, once a wait has failed
 
 _FAILED = "failed"
 _Answer = TypeVar("_Answer")
@@ -60,7 +59,7 @@ _START = Position(-1, -1, "the start", 0.0, waits=False)
 
 
 class _Awake:
-    """Seconds that this process could run: a pause of the whole machine, between two looks, is no silence of others."""
+    """Seconds in which others could be heard: a pause of the whole machine is at most `longest` of silence."""
 
     def __init__(self, longest: float) -> None:
         self.seconds, self._longest, self._looked = 0.0, longest, time.monotonic()
@@ -116,6 +115,13 @@ class Watchdog:
         """Raise the reason to stop, if there is one."""
         if self._monitor.reason is not None:
             raise self._monitor.reason.error()
+
+    def check_for_silence(self) -> None:
+        """Inside waiting(): check() for as long as it takes to find out that a rank is silent."""
+        end = time.monotonic() + SILENCE_SECONDS + 4 * PERIOD_SECONDS
+        while time.monotonic() < end:
+            self.check()
+            time.sleep(PERIOD_SECONDS / 10)
 
 
 class _Monitor(threading.Thread):
@@ -182,31 +188,15 @@ class _Monitor(threading.Thread):
 
     def explain(self, error: RuntimeError, what: str) -> Reason:
         """The reason why a wait failed: one that is known, or else this error, which all ranks then learn."""
-        before: dict[int, bytes] = {}
         if self.reason is None:
-            before = self._ask(self._pulses_of_peers, before)
             time.sleep(self._period)  # a rank that is gone takes its neighbours along: who was first?
             self._ask(self._read_reason, None)
         if self.reason is None:
             kind = "mismatch" if isinstance(error, PlanMoEMismatchError) else "error"
-            lifeless = "" if kind == "mismatch" else self._who_shows_no_life(before)
             where = self._ask(self._where_all_are, "the job's store does not answer")
-            text = f"rank {self.rank} stopped in {what}: {error}\n{lifeless}{where}"
-            self._give_in_time(Reason(self.rank, kind, text))
+            self._give_in_time(Reason(self.rank, kind, f"rank {self.rank} stopped in {what}: {error}\n{where}"))
         assert self.reason is not None
         return self.reason
-
-    def _who_shows_no_life(self, before: dict[int, bytes]) -> str:
-        """A line about ranks whose pulses, a period ago, were the same as in a few periods, or nothing."""
-        time.sleep((_LIFE_PERIODS - 1) * self._period)
-        nothing: dict[int, bytes] = {}
-        now = self._ask(self._pulses_of_peers, nothing)
-        lifeless = [f"rank {peer}" for peer, pulse in before.items() if now.get(peer) == pulse]
-        meanwhile = f"{_LIFE_PERIODS * self._period:g} s"
-        return f"no sign of life for {meanwhile} from {', '.join(lifeless)}: dead or hanging\n" if lifeless else ""
-
-    def _pulses_of_peers(self) -> dict[int, bytes]:
-        return {peer: self._pulse_of(peer) for peer in self._ranks_of_groups() if peer != self.rank}
 
     def publish(self, error: BaseException, where: str) -> None:
         """Let all ranks stop because of an error of this one's own."""
@@ -336,19 +326,13 @@ class _Monitor(threading.Thread):
         return Reason(self.rank, "error", f"{text}\n{self._where_all_are()}")
 
     def _is_silent(self, peer: int) -> bool:
-        now, pulse = self._awake.seconds, self._pulse_of(peer)
+        key, now = f"pulse/{peer}", self._awake.seconds
+        pulse = self._store.get(key) if self._store.check([key]) else b""
         seen, since = self._pulses.get(peer, (None, now))
         if pulse != seen:
             since = now
         self._pulses[peer] = (pulse, since)
         return now - since > SILENCE_SECONDS
-
-    def _ranks_of_groups(self) -> list[int]:
-        return sorted({rank for ranks in self._members.values() for rank in ranks})
-
-    def _pulse_of(self, peer: int) -> bytes:
-        key = f"pulse/{peer}"
-        return self._store.get(key) if self._store.check([key]) else b""
 
     def _position_of(self, peer: int) -> Position | None:
         key = f"position/{peer}"
@@ -356,9 +340,10 @@ class _Monitor(threading.Thread):
 
     def _where_all_are(self) -> str:
         """A line per rank that has told where it is: of this rank's groups, or the whole small world."""
+        ranks = sorted({rank for ranks in self._members.values() for rank in ranks})
         lines = []
         with contextlib.suppress(RuntimeError):
-            for rank in self._ranks_of_groups():
+            for rank in ranks:
                 place = self.position if rank == self.rank else self._position_of(rank)
                 lines.append(f"  rank {rank} " + ("has told nothing yet" if place is None else place.describe()))
         return "\n".join(["where the ranks are:", *lines])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -18,10 +17,11 @@ _MARKERS = {
 }
 
 
-# No time limit for an example, on machines that are busy; the same examples in every run, so that a failure of a change
-# is the change's. HYPOTHESIS_SEEDS=new looks for others.
-settings.register_profile("planmoe", deadline=None, derandomize=os.environ.get("HYPOTHESIS_SEEDS") != "new")
-settings.load_profile("planmoe")
+# No time limit for an example, on machines that are busy; the same examples in every run, so that a failure after a
+# change is the change's. --hypothesis-profile=new looks for others.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.register_profile("new", deadline=None)
+settings.load_profile("same")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -158,7 +158,9 @@ class ThreadLink final : public Link {
     Work work;
     try {
       work = call({message.buffer}, static_cast<int>(message.peer));
-    } catch (const std::exception& error) {  // what is known to be closed fails here, not in the wait
+    } catch (const c10::Error&) {
+      throw;                                 // about the message, not the peer
+    } catch (const std::exception& error) {  // a connection known to be closed fails here, not in the wait
       fail(message.peer, error.what());
     }
     std::lock_guard<std::mutex> lock(mutex_);

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from errors import ExampleError, LoneError
 
 DEFAULT_PORT = "29500"
-SECONDS_TO_EXPLAIN = 30.0
-"""A launcher stops all ranks as soon as one fails: the others wait, so that a machine's first can say why, once."""
+SECONDS_TO_EXPLAIN = 15.0
+"""Launchers stop all ranks as soon as one fails: others wait, so that a machine's first says why for all of them."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def meet_ranks(backend: str) -> None:
 def run_on_this_rank(run: Callable[[ProcessPlace], int], program: str) -> int:
     """Prepare the environment, run, and return the exit status.
 
-    It is 2 after an ExampleError, told once per machine, by another rank if its first did not meet it; a LoneError is
-    told by each rank that met it.
+    It is 2 after an ExampleError, told by a machine's first rank, and later by others that no launcher stopped; a
+    LoneError is told at once by each rank that met it.
     """
     place = ProcessPlace(rank=0, world_size=1, local_rank=0, local_world_size=1)
     try:
@@ -117,7 +117,7 @@ def run_on_this_rank(run: Callable[[ProcessPlace], int], program: str) -> int:
         return run(place)
     except ExampleError as error:
         if place.local_rank > 0 and not isinstance(error, LoneError):
-            time.sleep(SECONDS_TO_EXPLAIN)
+            time.sleep(SECONDS_TO_EXPLAIN + place.local_rank)
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         return 2
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.cluster import ClusterSpec, run_on_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(330)]
 
 TRAFFIC = Path(__file__).with_name("traffic.py")
 INTER, INTRA = 200, 800  # Mbit/s

@@ -6,6 +6,7 @@ import importlib
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,21 +83,21 @@ def test_a_broken_variable_is_named(value: str | None, message: str) -> None:
         load("launch_env").place_from(variables)
 
 
-@pytest.mark.parametrize("local_rank", [0, 1])
+@pytest.mark.parametrize("local_rank", [0, 3])
 def test_an_error_that_the_first_rank_did_not_meet_is_told_late(
     local_rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launch_env, slept = load("launch_env"), []
-    place = launch_env.ProcessPlace(rank=local_rank, world_size=2, local_rank=local_rank, local_world_size=2)
+    place = launch_env.ProcessPlace(rank=local_rank, world_size=4, local_rank=local_rank, local_world_size=4)
     monkeypatch.setattr(launch_env, "prepare_environment", lambda: place)
-    monkeypatch.setattr(launch_env.time, "sleep", slept.append)
+    monkeypatch.setattr(launch_env, "time", SimpleNamespace(sleep=slept.append))
 
     def run(_: Any) -> int:
         raise load("errors").ExampleError("no data on this rank")
 
     assert launch_env.run_on_this_rank(run, "pretrain") == 2
     assert capsys.readouterr().err == "pretrain: error: no data on this rank\n"
-    assert slept == [launch_env.SECONDS_TO_EXPLAIN] * local_rank
+    assert slept == ([launch_env.SECONDS_TO_EXPLAIN + 3] if local_rank > 0 else [])
 
 
 def test_training_and_validation_bytes_are_all_bytes_once(tmp_path: Path) -> None:
