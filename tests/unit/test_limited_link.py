@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,9 +102,11 @@ with limited_link(2, 1.0, fair=True):
 
 
 def test_gloo_has_a_queue_of_its_own() -> None:
-    can = "tc qdisc add dev lo root htb"
-    if os.geteuid() != 0 or subprocess.run(["unshare", "--net", *can.split()], check=False).returncode != 0:
-        pytest.skip(f"takes root, and a kernel that takes `{can}`")
+    can = "unshare --net tc qdisc add dev lo root htb"
+    if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "tc", "ip"))):
+        pytest.skip("takes root, unshare, tc and ip")
+    if subprocess.run(can.split(), check=False).returncode != 0:
+        pytest.skip(f"the kernel does not take `{can}`")
     command = ["unshare", "--net", sys.executable, "-c", IN_A_NAMESPACE]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
