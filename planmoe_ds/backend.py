@@ -85,7 +85,7 @@ __all__ = [
 def make_comm(
     name: str, groups: list[dist.ProcessGroup], node_of_rank: list[int], device: torch.device, timeout_ms: int = 0
 ) -> Comm:
-    """The all-to-all `name` over `groups`, process groups of the same ranks; node_of_rank: by group rank.
+    """The all-to-all `name` over `groups`, process groups of the same ranks, one a link; node_of_rank: by group rank.
 
     timeout_ms bounds every wait; 0: the groups' own timeout. ValueError for an unknown name (it lists all), a group
     without this rank, and numbers that do not fit the group.

@@ -24,7 +24,7 @@ from planmoe_ds.topology import Topology, find_topology
 from planmoe_ds.watchdog import Watchdog
 
 _NCCL_MARGIN = timedelta(seconds=60)
-NUM_LINKS = 2  # process groups per set of ranks: one for the links inside nodes, one between them
+NUM_LINKS = 3  # process groups per set of ranks: most that an all-to-all has links
 
 
 def connect(

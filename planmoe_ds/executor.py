@@ -113,7 +113,7 @@ def link_seconds(spans: Sequence[tuple[str, int, int]], use: LinkUse) -> tuple[f
     """Seconds on the links inside nodes and between them, from spans (lane, start, end) in nanoseconds.
 
     A link takes exchanges in turn, so one that waits there for its parts on the other link keeps the next ones waiting:
-    it is busy from its first part's start to its last one's end.
+    it is busy from its first part's start to its last one's end. What is passed on ("onward") keeps nothing waiting.
     """
     if any(lane == "exchange" for lane, _, _ in spans):  # both classes as one
         whole = _length(spans)
@@ -122,7 +122,8 @@ def link_seconds(spans: Sequence[tuple[str, int, int]], use: LinkUse) -> tuple[f
     if use.serial and intra:
         arrived = max(end for _, _, end in intra)
         inter = [(lane, max(start, arrived), max(end, arrived)) for lane, start, end in inter]
-    return _length(intra), _length(inter)
+    onward = sum(end - start for lane, start, end in spans if lane == "onward") * 1e-9
+    return _length(intra) + onward, _length(inter)
 
 
 def _length(spans: Sequence[tuple[str, int, int]]) -> float:

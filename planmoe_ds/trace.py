@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Lane = Literal["compute", "wait", "exchange", "intra", "inter"]
+Lane = Literal["compute", "wait", "exchange", "intra", "onward", "inter"]
 Phase = Literal["forward", "backward"]
 
 LANES: tuple[str, ...] = get_args(Lane)
-"""Rows of the picture, from top to bottom."""
+"""Rows of the picture, from top to bottom; "onward": inside a node, what came from others and is passed on."""
 
 CHUNK_COLOURS = ("#2f6fb3", "#e08a1e", "#3a9a6b", "#b3477d", "#7a62b8", "#58a9d6", "#b8a21c", "#8a5a3c")
 """One colour per chunk; chunk 8 starts over with the first."""

@@ -79,20 +79,23 @@ AbstractComm::AbstractComm(CommOptions options) : options_(std::move(options)) {
   for (const auto node : options_.node_of_rank)
     TORCH_CHECK_VALUE(node >= 0, "node_of_rank must not be negative, got ", c10::IntArrayRef(options_.node_of_rank));
   TORCH_CHECK_VALUE(options_.timeout_ms >= 0, "timeout_ms must not be negative, got ", options_.timeout_ms);
-  connect_everyone();
 }
 
 // NCCL makes a communicator at its first use, by all its ranks together; an exchange may leave some of them out.
-void AbstractComm::connect_everyone() const {
+void AbstractComm::connect(size_t group) const {
   if (options_.device.is_cpu() || size_ == 1) return;
-  for (const auto& group : options_.groups) {
-    std::vector<at::Tensor> one{at::zeros({1}, at::TensorOptions().device(options_.device))};
-    group->allreduce(one)->wait();
-  }
+  std::vector<at::Tensor> one{at::zeros({1}, at::TensorOptions().device(options_.device))};
+  options_.groups[group]->allreduce(one)->wait();
 }
 
 Link& AbstractComm::add_link(size_t group, std::string lane) {
+  TORCH_CHECK_VALUE(group < options_.groups.size(), "this all-to-all needs ", group + 1,
+                    " or more process groups over the same ranks, got ", options_.groups.size());
   const auto& carrier = options_.groups[group];
+  TORCH_CHECK_VALUE(carrier->getSize() == size_ && carrier->getRank() == rank_, "groups[", group,
+                    "] must be over the same ranks as groups[0], its size is ", carrier->getSize(), ", not ", size_,
+                    ", or this rank's place there ", carrier->getRank(), ", not ", rank_);
+  connect(group);
   if (options_.device.is_cpu()) {
     links_.push_back(make_thread_link(carrier, std::move(lane), options_.timeout_ms));
   } else {

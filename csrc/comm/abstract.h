@@ -51,7 +51,7 @@ class Exchange {
 
 // What an all-to-all is built from. Group ranks throughout; `node_of_rank` has one entry per group rank.
 struct CommOptions {
-  std::vector<c10::intrusive_ptr<c10d::ProcessGroup>> groups;  // same ranks each; an algorithm uses one per link
+  std::vector<c10::intrusive_ptr<c10d::ProcessGroup>> groups;  // same ranks each; one for every link of an algorithm
   std::vector<int64_t> node_of_rank;
   c10::Device device = c10::kCPU;
   int64_t timeout_ms = 0;  // bound of every wait; 0 = the process group's own timeout
@@ -115,15 +115,17 @@ class AbstractComm {
   virtual std::shared_ptr<Exchange> post_combine(const ChunkRows& rows, const std::shared_ptr<Itinerary>& itinerary,
                                                  const RowSums& sums);
 
-  // A link over options.groups[group]; it lives as long as this, or until close().
+  // A link over options.groups[group], one that is used for nothing else; it lives as long as this, or until close().
+  // Every rank adds the same ones in the same order.
   Link& add_link(size_t group, std::string lane);
+  // Lets all ranks of a group know each other; see add_link. NCCL's communicators take memory of the device from here on.
+  void connect(size_t group) const;
   int next_tag();
 
  private:
   std::shared_ptr<Exchange> numbered(std::shared_ptr<Exchange> exchange);
   void check(const ExchangeSpec& spec) const;
   void check_open() const;
-  void connect_everyone() const;
 
   CommOptions options_;
   std::vector<std::unique_ptr<Link>> links_;

@@ -3,7 +3,9 @@
 // way. Coming back, the rows of a node are summed there first, in float32, and cross as one.
 //
 // Legs are posted in one order on all ranks: node distance by node distance, piece by piece. A leg waits only for a
-// leg that was posted before it, so nothing can hang.
+// leg that was posted before it, so nothing can hang. What is passed on has a link of its own: on the other one inside
+// the node the sums of the chunk before would wait behind it until it has arrived from the other nodes, and the link
+// between nodes, which carries these sums next, would be idle.
 #include <ATen/ATen.h>
 
 #include <algorithm>
@@ -23,7 +25,10 @@ using Counts = std::vector<int64_t>;
 
 class DedupComm final : public PipeComm {
  public:
-  explicit DedupComm(const CommOptions& options) : PipeComm(options), nodes_(options.node_of_rank, rank()) {}
+  explicit DedupComm(const CommOptions& options)
+      : PipeComm(options),
+        nodes_(options.node_of_rank, rank()),
+        onward_(nodes_.count() > 1 ? add_link(2, "onward") : intra()) {}
   ~DedupComm() override { close(); }  // the links' threads use what goes next
 
   int64_t num_pieces() const override { return kPieces; }
@@ -67,6 +72,7 @@ class DedupComm final : public PipeComm {
       Leg leg;
       leg.tag = next_tag();
       leg.after = arrivals[step_number++];
+      leg.timed_from_arrival = true;
       std::vector<FanOut> fans;
       for (const auto source : step.sources) {
         const auto place = source * kPieces + step.piece;
@@ -84,7 +90,7 @@ class DedupComm final : public PipeComm {
         leg.prepare = [this, fans, trip, routes, first_time](Leg& sent) {
           for (const auto& fan : fans) fan_out(fan, *trip, routes, first_time, sent);
         };
-      transfers.push_back(intra().post(std::move(leg)));
+      transfers.push_back(onward_.post(std::move(leg)));
     });
     return std::make_shared<Exchange>(std::move(transfers));
   }
@@ -238,6 +244,7 @@ class DedupComm final : public PipeComm {
   }
 
   Nodes nodes_;
+  Link& onward_;
 };
 
 PLANMOE_REGISTER_COMM("dedup", DedupComm);

@@ -29,6 +29,7 @@ struct Leg {
   // may append messages and copies whose sizes were not known earlier.
   std::shared_ptr<Transfer> after;
   std::function<void(Leg&)> prepare;
+  bool timed_from_arrival = false;  // its span begins when `after` has arrived, not when the link turns to it
 
   bool empty() const { return receives.empty() && sends.empty() && local_copies.empty(); }
   int64_t bytes_sent() const;

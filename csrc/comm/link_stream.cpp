@@ -96,7 +96,7 @@ class StreamLink final : public Link {
     c10::StreamGuard guard(side_);
     transfer->mark_started(*clock_);
     try {
-      carry(transfer->leg());
+      carry(*transfer);
       transfer->mark_finished(*clock_);
     } catch (const std::exception&) {
       transfer->mark_broken_off(*clock_);
@@ -132,8 +132,10 @@ class StreamLink final : public Link {
     return reason;
   }
 
-  void carry(Leg& leg) {
+  void carry(StreamTransfer& transfer) {
+    auto& leg = transfer.leg();
     if (leg.after) leg.after->order_current_stream();
+    if (leg.timed_from_arrival) transfer.mark_started(*clock_);
     if (leg.prepare) leg.prepare(leg);
     // While the host waited in there, an abort may have freed the communicator.
     TORCH_CHECK(abort_reason().empty(), "planmoe: the exchange was aborted while it was started");

@@ -112,7 +112,7 @@ class ThreadLink final : public Link {
       transfer->mark_started();
       if (!broken) {
         try {
-          carry(transfer->leg());
+          carry(*transfer);
         } catch (...) {
           broken = std::current_exception();  // later legs would only wait for the same peer
         }
@@ -121,10 +121,12 @@ class ThreadLink final : public Link {
     }
   }
 
-  void carry(Leg& leg) {
+  void carry(ThreadTransfer& transfer) {
+    auto& leg = transfer.leg();
     post_receives(leg, 0);
     const auto num_posted = leg.receives.size();
     if (leg.after) wait_for_link(*leg.after);
+    if (leg.timed_from_arrival) transfer.mark_started();
     if (leg.prepare) leg.prepare(leg);
     post_receives(leg, num_posted);
     for (const auto& message : leg.sends) {

@@ -3,10 +3,6 @@
 namespace planmoe {
 
 PipeComm::PipeComm(const CommOptions& options) : AbstractComm(options), same_node_(size()), other_node_(size()) {
-  TORCH_CHECK_VALUE(options.groups.size() >= 2, "this all-to-all needs two process groups over the same ranks, got ",
-                    options.groups.size());
-  TORCH_CHECK_VALUE(options.groups[1]->getSize() == size() && options.groups[1]->getRank() == rank(),
-                    "this all-to-all needs two process groups over the same ranks");
   for (int64_t peer = 0; peer < size(); ++peer) {
     same_node_[peer] = options.node_of_rank[peer] == options.node_of_rank[rank()];
     other_node_[peer] = !same_node_[peer];

@@ -68,7 +68,9 @@ class PythonExchange final : public Exchange {
 class PythonComm final : public AbstractComm, public py::trampoline_self_life_support {
  public:
   PythonComm(Groups groups, std::vector<int64_t> node_of_rank, const c10::Device& device, int64_t timeout_ms)
-      : AbstractComm(make_options(std::move(groups), std::move(node_of_rank), device, timeout_ms)) {}
+      : AbstractComm(make_options(std::move(groups), std::move(node_of_rank), device, timeout_ms)) {
+    for (size_t group = 0; group < this->groups().size(); ++group) connect(group);
+  }
 
  protected:
   std::shared_ptr<Exchange> post(const std::vector<ExchangeSpec>& parts, int /*tag*/) override {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from planmoe_ds.backend import comm_names, make_comm
 from tests.contract.plugins import plugged_in
-from tests.contract.traffic import Case, bytes_sent, cases, new_comm, specs, start, two_groups
+from tests.contract.traffic import Case, bytes_sent, cases, new_comm, new_groups, specs, start
 from tests.engine.support import drop_groups, rank_device
 from tests.harness.ranks import RankPool
 
@@ -35,7 +35,7 @@ NODES = {  # node of every rank
 def compare_with_torch(names: list[str], nodes: tuple[int, ...], generated: list[Case], package: str | None) -> None:
     rank, size, on_gpu = dist.get_rank(), dist.get_world_size(), rank_device().type == "cuda"
     with plugged_in(package):
-        groups = two_groups()
+        groups = new_groups()
         for name in names:
             comm = make_comm(name, groups, list(nodes), rank_device())
             assert (comm.rank, comm.size, comm.node_of_rank) == (rank, size, list(nodes))
@@ -109,7 +109,7 @@ def test_equals_all_to_all_single_over_nccl(
 
 def evaluate_then_train() -> None:
     """Buffers that an evaluation under inference_mode leaves can be written to afterwards."""
-    comm = make_comm("direct", two_groups(), [0], rank_device())
+    comm = make_comm("direct", new_groups(), [0], rank_device())
     with torch.inference_mode():
         place = comm.take_buffer(8, 4096).data_ptr()
     again = comm.take_buffer(8, 4096)
@@ -156,7 +156,7 @@ def test_bad_requests(ranks: RankPool, package: str) -> None:
 
 
 def refuse_bad_options(package: str) -> None:
-    world, first = two_groups(), dist.new_group([0])
+    world, first = new_groups(), dist.new_group([0])
     device = torch.device("cpu")
     with plugged_in(package):
         with pytest.raises(ValueError, match=f"unknown all-to-all algorithm 'pip'; known: {', '.join(NAMES)}"):
@@ -171,8 +171,10 @@ def refuse_bad_options(package: str) -> None:
             if dist.get_rank() == 1:
                 cases.append(([first, first], [0], r"groups\[0\] .* with this rank, 1, in it"))
             elif name in ("dedup", "hierarchical", "pipe"):
-                cases.append(([world[0], first], [0, 0], "two process groups over the same ranks"))
-                cases.append((world[:1], [0, 0], "two process groups over the same ranks, got 1"))
+                cases.append(([world[0], first], [0, 0], r"groups\[1\] must be over the same ranks as groups\[0\]"))
+                cases.append((world[:1], [0, 0], "2 or more process groups over the same ranks, got 1"))
+            if dist.get_rank() == 0 and name == "dedup":
+                cases.append((world[:2], [0, 1], "3 or more process groups over the same ranks, got 2"))
             for groups, nodes, words in cases:
                 with pytest.raises(ValueError, match=words):
                     make_comm(name, groups, nodes, device)
@@ -233,7 +235,7 @@ def test_a_closed_one_starts_nothing(ranks: RankPool, package: str) -> None:
 
 def pass_rows_of_a_liar(num_rows: int) -> str:
     """Rank 1 only tells the ranks of its node how many rows it would pass through them."""
-    groups, tag_of_counts = two_groups(5000), 2 * 128  # the second tag, 128 phases each; see csrc/comm/abstract.cpp
+    groups, tag_of_counts = new_groups(5000), 2 * 128  # the second tag, 128 phases each; see csrc/comm/abstract.cpp
     comm = make_comm("hierarchical", groups, [0, 0, 1, 1], rank_device(), 5000)
     if dist.get_rank() == 1:
         sent = dist.isend(torch.tensor([num_rows]), 0, group=groups[0], tag=tag_of_counts)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from hypothesis import strategies as st
 
 from planmoe_ds.backend import Comm, ExchangeSpec, make_comm
+from planmoe_ds.connect import NUM_LINKS
 from planmoe_ds.topology import Topology
 from tests.engine.support import rank_device
 
@@ -59,16 +60,16 @@ def cases(size: int) -> st.SearchStrategy[Case]:
     return st.builds(Case, st.lists(part, min_size=1, max_size=2).map(tuple), st.sampled_from(DTYPES))
 
 
-def two_groups(timeout_ms: int = 0) -> list[dist.ProcessGroup]:
+def new_groups(timeout_ms: int = 0) -> list[dist.ProcessGroup]:
     """What an all-to-all over the whole world is made from; collective."""
     timeout = timedelta(milliseconds=timeout_ms) if timeout_ms else None
-    return [dist.new_group(timeout=timeout) for _ in range(2)]
+    return [dist.new_group(timeout=timeout) for _ in range(NUM_LINKS)]
 
 
 def new_comm(name: str, nodes: tuple[int, ...] | None = None, timeout_ms: int = 0) -> Comm:
     """The all-to-all `name` over the world, by default on one node; collective."""
     node_of_rank = [0] * dist.get_world_size() if nodes is None else list(nodes)
-    return make_comm(name, two_groups(timeout_ms), node_of_rank, rank_device(), timeout_ms)
+    return make_comm(name, new_groups(timeout_ms), node_of_rank, rank_device(), timeout_ms)
 
 
 def specs(case: Case, seed: int) -> list[tuple[torch.Tensor, list[int], torch.Tensor, list[int]]]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from planmoe_ds.group import ExpertGroup, SidedArrival
 from planmoe_ds.trace import Span
 from tests.engine.support import make_layer, routes_of, run_layer
 from tests.harness.ranks import RankPool
@@ -84,3 +87,41 @@ def test_one_chunk_does_not_overlap(ranks: RankPool) -> None:
         experts = [span for span in spans if span.lane == "compute"]
         exchanges = [span for span in spans if span.lane == "exchange"]
         assert not any(overlap_ns(exchange, work) for exchange in exchanges for work in experts)
+
+
+def trace_with_a_late_node(seconds: float) -> list[Span]:
+    """One step of two chunks as two nodes of two ranks; the second node sends the second chunk so much later."""
+    num_tokens, size = 256, dist.get_world_size()
+    layer = make_layer({"chunks": 2, "comm": "dedup", "ranks_per_node": 2, "scheduler": "pipelined"})
+    experts = [nn.Linear(16, 16)]
+    torch.manual_seed(dist.get_rank())
+    routes = routes_of(torch.stack([torch.randperm(size)[:2] for _ in range(num_tokens)], dim=1), size)
+    tokens = torch.randn(num_tokens, 16)
+    run_layer(layer, tokens, routes, experts)  # connects
+    send, calls = ExpertGroup.dispatch, 0
+
+    def dispatch(*values: Any) -> SidedArrival:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and dist.get_rank() >= 2:
+            time.sleep(seconds)
+        return send(*values)
+
+    dist.barrier()
+    layer.recorder.start_trace()
+    with patch.object(ExpertGroup, "dispatch", dispatch):
+        run_layer(layer, tokens, routes, experts)
+    return layer.recorder.stop_trace()
+
+
+def test_sums_do_not_wait_behind_what_is_passed_on(ranks: RankPool) -> None:
+    """Inside a node the first chunk's sums travel while the second chunk is still on its way from the other node."""
+    seconds = 1.0
+    for spans in ranks.run(4, trace_with_a_late_node, seconds)[:2]:
+        passed_on = [span for span in spans if (span.lane, span.name, span.chunk) == ("onward", "dispatch", 1)]
+        sums = [span for span in spans if (span.lane, span.name, span.chunk) == ("intra", "combine", 0)]
+        assert passed_on
+        assert sums
+        first = min(span.start_ns for span in spans)
+        assert min(span.start_ns for span in passed_on) - first > seconds * 0.8e9  # not timed from when it was posted
+        assert min(span.end_ns for span in sums) - first < seconds * 0.8e9

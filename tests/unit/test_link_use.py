@@ -7,6 +7,7 @@ import pytest
 from planmoe_ds.executor import LinkUse, link_seconds
 
 MS = 1_000_000
+passed_on = [("onward", 2 * MS, 3 * MS), ("onward", 6 * MS, 7 * MS + MS // 2)]
 
 
 @pytest.mark.parametrize(
@@ -22,11 +23,17 @@ MS = 1_000_000
             (3.0, 7.0),
         ),
         ([("inter", 2 * MS, 10 * MS)], LinkUse(serial=True, crosses=True), (0.0, 8.0)),
-        # dedup: pieces wait on one link for those on the other, and nothing else travels there meanwhile
+        # pieces wait on one link for those on the other, and nothing else travels there meanwhile
         (
             [("inter", 0, 2 * MS), ("inter", 2 * MS, 6 * MS), ("intra", 0, MS), ("intra", 3 * MS, 7 * MS)],
             LinkUse(serial=False, crosses=True),
             (7.0, 6.0),
+        ),
+        # dedup: the link inside is free between pieces that are passed on
+        (
+            [("inter", 0, 2 * MS), ("inter", 2 * MS, 6 * MS), ("intra", 0, MS), *passed_on],
+            LinkUse(serial=False, crosses=True),
+            (3.5, 6.0),
         ),
         ([], LinkUse(serial=False, crosses=True), (0.0, 0.0)),
     ],
