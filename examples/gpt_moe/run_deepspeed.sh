@@ -16,8 +16,8 @@ write_variables() {
     for name in "$HOME/${DS_ENV_FILE:-.deepspeed_env}" "${DS_ENV_FILE:-.deepspeed_env}"; do # as DeepSpeed looks for it
         [ ! -f "$name" ] || grep '=' "$name" >>"$file" || true
     done
-    for name in OMP_NUM_THREADS CUDA_DEVICE_MAX_CONNECTIONS DS_ACCELERATOR; do
-        [ -z "${!name:-}" ] || echo "$name=${!name}" >>"$file"
+    for name in "${FOR_RANKS[@]}"; do
+        echo "$name=${!name}" >>"$file"
     done
     echo "$file"
 }

@@ -59,7 +59,8 @@ case $launcher in
             echo "error: mpirun is not installed. Try: apt-get install openmpi-bin, or use torchrun" >&2
             exit 2
         }
-        options=(-np "$RANKS" --bind-to none -x PATH -x PYTHONPATH -x OMP_NUM_THREADS -x CUDA_DEVICE_MAX_CONNECTIONS)
+        options=(-np "$RANKS" --bind-to none -x PATH -x PYTHONPATH)
+        for name in "${FOR_RANKS[@]}"; do options+=(-x "$name"); done
         [ "$(id -u)" -eq 0 ] && options+=(--allow-run-as-root --oversubscribe)
         if [ -n "${HOSTFILE:-}" ]; then
             MASTER_ADDR=$(awk '!/^[ \t]*(#|$)/ { print $1; exit }' "$HOSTFILE")

@@ -27,10 +27,10 @@ command -v mpirun >/dev/null || {
     exit 2
 }
 
-options=(-np "$RANKS" --bind-to none -x PATH -x OMP_NUM_THREADS -x CUDA_DEVICE_MAX_CONNECTIONS)
-[ "$(id -u)" -eq 0 ] && options+=(--allow-run-as-root --oversubscribe)
-[ -n "${DS_ACCELERATOR:-}" ] && options+=(-x DS_ACCELERATOR)
+options=(-np "$RANKS" --bind-to none -x PATH)
+for name in "${FOR_RANKS[@]}"; do options+=(-x "$name"); done
 [ -n "${PYTHONPATH:-}" ] && options+=(-x PYTHONPATH)
+[ "$(id -u)" -eq 0 ] && options+=(--allow-run-as-root --oversubscribe)
 if [ -n "$hostfile" ]; then
     [ -f "$hostfile" ] || { echo "error: there is no hostfile '$hostfile'" >&2; exit 2; }
     MASTER_ADDR=$(awk '!/^[ \t]*(#|$)/ { print $1; exit }' "$hostfile")

@@ -20,6 +20,7 @@ CHECKS: tuple[Callable[[Machine], Finding], ...] = (
     build_checks.extension,
     build_checks.extension_torch,
     framework_checks.nccl,
+    framework_checks.nccl_sockets,
     framework_checks.cuda_devices,
     framework_checks.max_connections,
     framework_checks.deepspeed,

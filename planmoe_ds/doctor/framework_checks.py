@@ -8,6 +8,7 @@ from planmoe_ds.doctor.machine import Distribution, Machine
 _TESTED_DEEPSPEED = ("0.19.8",)
 _TESTED_MEGATRON = {"0.15.3": (3, 10), "0.16.1": (3, 10), "0.17.1": (3, 12), "0.19.0": (3, 12)}
 _CUDA_TORCH = "install a CUDA build of torch to train on GPUs"
+_SOCKETS = ("NCCL_SOCKET_NTHREADS", "NCCL_NSOCKS_PERTHREAD")
 _APEX_FOLDERS = ("amp", "multi_tensor_apply", "normalization", "optimizers", "transformer")
 
 
@@ -18,6 +19,24 @@ def nccl(machine: Machine) -> Finding:
         return Finding("NCCL", "ok", facts["nccl"])
     reason = "torch is not there" if not facts else "this torch was built without it"
     return Finding("NCCL", "missing", detail=reason, advice=_CUDA_TORCH)
+
+
+def nccl_sockets(machine: Machine) -> Finding:
+    """Over how many sockets NCCL talks to other machines: one thread with one of them does not fill a fast network."""
+    name, environment = "NCCL's sockets", machine.environment
+    if not machine.torch.facts.get("nccl"):
+        return Finding(name, "info", detail="this torch has no NCCL")
+    if any(environment.get(variable) for variable in ("NCCL_NET", "NCCL_NET_PLUGIN")):
+        return Finding(name, "info", detail="NCCL_NET or NCCL_NET_PLUGIN chooses the network between machines")
+    if machine.rdma and environment.get("NCCL_IB_DISABLE", "0") == "0":
+        return Finding(name, "info", detail=f"not used while NCCL can use {', '.join(machine.rdma)}")
+    settings = {variable: environment.get(variable) for variable in _SOCKETS}
+    given = [f"{variable}={value}" for variable, value in settings.items() if value]
+    if given:
+        return Finding(name, "info", detail=", ".join(given))
+    detail = "between machines TCP, one thread and one socket for each channel (more on AWS and Google Cloud)"
+    advice = f"with several machines try {' and '.join(f'{variable}=2' for variable in _SOCKETS)} (or 4) on all of them"
+    return Finding(name, "info", detail=detail, advice=advice)
 
 
 def cuda_devices(machine: Machine) -> Finding:

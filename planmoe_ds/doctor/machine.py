@@ -24,6 +24,7 @@ _COMMAND_SECONDS = 20.0
 _PACKAGES = ("amp_C", "apex", "megatron", "zfpy")
 _DISTRIBUTIONS = ("apex", "pybind11", "transformer_engine")
 _DOCTOR = Path(__file__).resolve().parent
+_RDMA = Path("/sys/class/infiniband")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Machine:
     """Everything the checks need to know; they themselves look at nothing else but files named here.
 
     `packages` maps importable names to their folders (none for a single file), `distributions` installed projects
-    to pip's metadata, `commands` tools to what they answer to --version (empty if absent).
+    to pip's metadata, `commands` tools to what they answer to --version (empty if absent). `rdma`: network cards that
+    reach other machines' memory.
     """
 
     python: tuple[int, int, int]
@@ -66,6 +68,7 @@ class Machine:
     distributions: Mapping[str, Distribution]
     commands: Mapping[str, str]
     environment: Mapping[str, str]
+    rdma: tuple[str, ...] = ()
 
 
 def look() -> Machine:
@@ -91,6 +94,7 @@ def look() -> Machine:
             distributions=_distributions(),
             commands={tool: answer.result() for tool, answer in commands.items()},
             environment=dict(os.environ),
+            rdma=tuple(sorted(path.name for path in _RDMA.glob("*"))),
         )
 
 

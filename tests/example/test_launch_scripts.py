@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,28 @@ def test_all_machines_get_the_variables(machine: dict[str, str], tmp_path: Path)
     (tmp_path / "hosts").write_text("first slots=4\nsecond slots=4\n")
     (tmp_path / ".deepspeed_env").write_text("MINE=1\n")
     command = [EXAMPLE / "run_deepspeed.sh", "-H", tmp_path / "hosts"]
-    done = run(command, {**machine, "CUDA_DEVICE_MAX_CONNECTIONS": "16"})
+    done = run(command, {**machine, "CUDA_DEVICE_MAX_CONNECTIONS": "16", "GLOO_SOCKET_IFNAME": "eth1"})
     assert done.returncode == 0, done.stderr
     assert f"--hostfile {tmp_path}/hosts --master_port 29500 " in done.stdout
-    assert {"MINE=1", "OMP_NUM_THREADS=1", "CUDA_DEVICE_MAX_CONNECTIONS=16"} <= set(done.stdout.splitlines())
+    lines = {"MINE=1", "OMP_NUM_THREADS=1", "CUDA_DEVICE_MAX_CONNECTIONS=16", "GLOO_SOCKET_IFNAME=eth1"}
+    assert lines <= set(done.stdout.splitlines())
     done = run([*command, "-n", "2"], machine)
     assert done.returncode == 2
     assert "-n is for one machine" in done.stderr
+
+
+def test_mpi_passes_the_variables_on(machine: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# two\nfirst slots=4\nsecond slots=4\n")
+    (tmp_path / "mpirun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "mpirun").chmod(0o755)
+    set_here = {"NCCL_SOCKET_NTHREADS": "4", "NCCL_DEBUG": "", "GLOO_SOCKET_IFNAME": "eth1"}
+    done = run([EXAMPLE / "run_mpi.sh", "-H", tmp_path / "hosts"], {**machine, **set_here})
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    passed = {name for option, name in pairwise(words) if option == "-x"}
+    wanted = {"PATH", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_SOCKET_NTHREADS", "GLOO_SOCKET_IFNAME"}
+    assert wanted <= passed
+    assert "NCCL_DEBUG" not in passed
 
 
 def test_a_python_that_is_not_there(machine: dict[str, str]) -> None:

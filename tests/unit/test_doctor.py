@@ -49,6 +49,11 @@ def machine(**changes: object) -> Machine:
     return dataclasses.replace(BARE, **changes)
 
 
+def over_rdma(**environment: str) -> Machine:
+    """One with NCCL and two network cards for it."""
+    return machine(torch=Probe(GPU_TORCH), rdma=("efa_0", "mlx5_1"), environment=environment)
+
+
 def module(version: str) -> Probe:
     """A package that imports well."""
     return Probe({"version": version, "path": ""})
@@ -118,6 +123,17 @@ CASES = [
     ),
     (framework_checks.nccl, machine(), "missing", "CUDA build of torch"),
     (framework_checks.nccl, machine(torch=Probe(GPU_TORCH)), "ok", "2.32.3"),
+    (framework_checks.nccl_sockets, machine(), "info", "no NCCL"),
+    (framework_checks.nccl_sockets, machine(torch=Probe(GPU_TORCH)), "info", "NCCL_SOCKET_NTHREADS=2"),
+    (framework_checks.nccl_sockets, over_rdma(), "info", "not used while NCCL can use efa_0, mlx5_1"),
+    (framework_checks.nccl_sockets, over_rdma(NCCL_IB_DISABLE="1"), "info", "NCCL_NSOCKS_PERTHREAD=2"),
+    (framework_checks.nccl_sockets, over_rdma(NCCL_NET="Socket"), "info", "chooses the network"),
+    (
+        framework_checks.nccl_sockets,
+        machine(torch=Probe(GPU_TORCH), environment={"NCCL_NSOCKS_PERTHREAD": "4"}),
+        "info",
+        "NCCL_NSOCKS_PERTHREAD=4",
+    ),
     (framework_checks.cuda_devices, machine(), "missing", "over gloo"),
     (
         framework_checks.cuda_devices,
