@@ -134,7 +134,13 @@ def start(hosts: int) -> torch.device:
 
 
 def drop_groups() -> None:
-    """Destroy all process groups but the world's: each holds memory of the card."""
+    """Destroy all process groups but the world's, each of which holds memory of the card; collective.
+
+    A rank that is ahead must not close connections over which others still receive.
+    """
+    torch.cuda.synchronize()
+    dist.barrier()
+    torch.cuda.synchronize()
     gc.collect()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:

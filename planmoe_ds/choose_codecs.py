@@ -148,7 +148,11 @@ def resolve_compression(
         reason = config.compression.describe()
         if config.compression.may_refuse() and dtype is not LOSSLESS_DTYPE:
             reason += f"; {LOSSLESS} carries bfloat16 alone, other rows travel as they are"
-        return dict.fromkeys(traffic, CodecChoice(config.compression, reason))
+        inside = config.compression.on_one_node()  # there hosts need not agree on what only others send
+        nodes = {name: set(connected[name].comm.node_of_rank) for name in traffic}
+        return {
+            name: CodecChoice(inside if len(used) == 1 else config.compression, reason) for name, used in nodes.items()
+        }
     may_lose = config.resolved_exactness is Exactness.LOSSY
     names, measured_dtype = (CANDIDATES, dtype) if may_lose else ((LOSSLESS,), LOSSLESS_DTYPE)
     measured = [measure_codec(name, hidden, measured_dtype, device, counts=bool(traffic)) for name in names]

@@ -92,6 +92,11 @@ class CompressionConfig(Section):
             self.intra if own.intra is None else own.intra,
         )
 
+    def on_one_node(self) -> CompressionConfig:
+        """What is left of it where nothing travels between nodes."""
+        inside = {way: {"inter": NONE, "intra": self.links(way).intra} for way in DIRECTIONS}
+        return CompressionConfig.model_validate(inside)
+
     def names(self) -> list[str]:
         """All codecs in use, sorted."""
         ways = [self.links(direction) for direction in DIRECTIONS]

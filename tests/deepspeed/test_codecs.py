@@ -64,10 +64,30 @@ def test_training_with_codecs(ranks: RankPool, section: dict[str, Any]) -> None:
         assert lossy == pytest.approx(stock, rel=0.03)
 
 
+IN_BFLOAT16 = replace(CASE, config={"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}})
+
+
+def waits_in_training(section: dict[str, Any]) -> set[str]:
+    engine = make_engine(IN_BFLOAT16, section)
+    engine.planmoe.recorder.start_trace()
+    train_engine(engine, IN_BFLOAT16, 1)
+    return {span.name for span in engine.planmoe.recorder.stop_trace() if span.lane == "wait"}
+
+
+@pytest.mark.parametrize(
+    ("link", "ranks_per_node", "agree"), [("inter", 2, False), ("inter", 1, True), ("intra", 2, True)]
+)
+def test_hosts_agree_where_rows_travel_that_may_be_refused(
+    ranks: RankPool, link: str, ranks_per_node: int, agree: bool
+) -> None:
+    section = {"compression": {link: "lossless"}, "comm": "dedup", "ranks_per_node": ranks_per_node}
+    for waits in ranks.run(2, waits_in_training, section, timeout=120):
+        assert ("agree" in waits) is agree
+
+
 def train_in_bfloat16(compression: str) -> dict[str, torch.Tensor]:
-    case = replace(CASE, config={"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}})
     section = {"compression": compression, "comm": "dedup", "chunks": 2, "ranks_per_node": 1}
-    return train_engine(make_engine(case, section), case, case.steps)
+    return train_engine(make_engine(IN_BFLOAT16, section), IN_BFLOAT16, IN_BFLOAT16.steps)
 
 
 def test_e4m7_trains_as_no_codec_does(ranks: RankPool) -> None:

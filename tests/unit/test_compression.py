@@ -15,6 +15,8 @@ def ways(compression: object) -> dict[str, tuple[str, str]]:
     """(inter, intra) by direction."""
     parsed = parse_config({"compression": compression}).compression
     assert isinstance(parsed, CompressionConfig)
+    inside = parsed.on_one_node()
+    assert [inside.links(way) for way in DIRECTIONS] == [Links("none", parsed.links(way).intra) for way in DIRECTIONS]
     return {way: (parsed.links(way).inter, parsed.links(way).intra) for way in DIRECTIONS}
 
 
