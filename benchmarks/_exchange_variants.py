@@ -15,7 +15,7 @@ from benchmarks._exchange_cases import Case
 from benchmarks._exchange_report import ONLY_INTER, ONLY_INTRA, ROUND_TRIP, SERIAL, STOCK, STOCK_BATCH
 from benchmarks._exchange_routed import RoutedRun, least_inter_bytes, prepare
 from planmoe_ds.backend import Comm, comm_names, make_comm
-from planmoe_ds.connect import NUM_LINKS
+from planmoe_ds.connect import num_links
 from planmoe_ds.threads import batch_threads
 
 ISSUES = 100  # exchanges started to see what starting costs
@@ -63,7 +63,7 @@ class Variants:
         self.stock_group = dist.new_group()
         with batch_threads():  # as planmoe_ds.connect.connect does
             self.batch_group = dist.new_group()
-            groups = [dist.new_group() for _ in range(NUM_LINKS)]
+            groups = [dist.new_group() for _ in range(num_links("auto"))]
             self.comms: dict[str, Comm] = {name: make_comm(name, groups, node_of_rank, device) for name in comm_names()}
 
     def bind(self, buffers: Buffers) -> dict[str, Callable[[], None]]:

@@ -73,9 +73,9 @@ def main() -> None:
     if "RANK" not in os.environ:
         sys.exit(launch(options.ranks, take_turns=options.take_turns))
     start(options.hosts)
-    from planmoe_ds.connect import NUM_LINKS
+    from planmoe_ds.connect import num_links
 
-    GROUPS.extend(dist.new_group() for _ in range(NUM_LINKS))
+    GROUPS.extend(dist.new_group() for _ in range(num_links("auto")))
     found: dict[str, dict[str, float]] = {}
     for kib in KIB[:2] if options.quick else KIB:
         for skewed in (False, True):

@@ -145,14 +145,8 @@ def resolve_compression(
     hidden, dtype, device = rows
     if config.compression != AUTO:
         assert isinstance(config.compression, CompressionConfig)
-        reason = config.compression.describe()
-        if config.compression.may_refuse() and dtype is not LOSSLESS_DTYPE:
-            reason += f"; {LOSSLESS} carries bfloat16 alone, other rows travel as they are"
-        inside = config.compression.on_one_node()  # there hosts need not agree on what only others send
         nodes = {name: set(connected[name].comm.node_of_rank) for name in traffic}
-        return {
-            name: CodecChoice(inside if len(used) == 1 else config.compression, reason) for name, used in nodes.items()
-        }
+        return {name: _as_told(config.compression, dtype, len(used) > 1) for name, used in nodes.items()}
     may_lose = config.resolved_exactness is Exactness.LOSSY
     names, measured_dtype = (CANDIDATES, dtype) if may_lose else ((LOSSLESS,), LOSSLESS_DTYPE)
     measured = [measure_codec(name, hidden, measured_dtype, device, counts=bool(traffic)) for name in names]
@@ -168,6 +162,17 @@ def resolve_compression(
             codecs = measured if may_lose else [with_agreements(codec, group.costs, device) for codec in measured]
             choices[name] = choose_codecs(group.costs, topology, load, group.choice.name, *codecs)
     return choices
+
+
+def _as_told(compression: CompressionConfig, dtype: torch.dtype, crosses: bool) -> CodecChoice:
+    """What a user chose, without the codecs between nodes where nothing crosses: hosts would agree on them in vain."""
+    used = compression if crosses else compression.on_one_node()
+    words = [compression.describe()]
+    if used.names() != compression.names():
+        words.append("nothing travels between nodes")
+    if used.may_refuse() and dtype is not LOSSLESS_DTYPE:
+        words.append(f"{LOSSLESS} carries bfloat16 alone, other rows travel as they are")
+    return CodecChoice(used, "; ".join(words))
 
 
 def with_agreements(codec: CodecCost, costs: ClusterCosts, device: torch.device) -> CodecCost:

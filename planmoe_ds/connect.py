@@ -24,7 +24,12 @@ from planmoe_ds.topology import Topology, find_topology
 from planmoe_ds.watchdog import Watchdog
 
 _NCCL_MARGIN = timedelta(seconds=60)
-NUM_LINKS = 3  # process groups per set of ranks: most that an all-to-all has links
+_NUM_LINKS = {"direct": 1, "dedup": 3, AUTO: 3}  # process groups per set of ranks, one a link; others: two
+
+
+def num_links(comm: str) -> int:
+    """Process groups that the all-to-all `comm` gets; "auto": every rank must make as many, whatever it chooses."""
+    return _NUM_LINKS.get(comm, 2)
 
 
 def connect(
@@ -54,7 +59,10 @@ def connect(
     mine = sorted({tuple(ranks) for ranks in my_groups.values()})
     comms: dict[tuple[int, ...], Comm] = {}
     with batch_threads():
-        made = {ranks: [dist.new_group(list(ranks), timeout=timeout) for _ in range(NUM_LINKS)] for ranks in distinct}
+        made = {
+            ranks: [dist.new_group(list(ranks), timeout=timeout) for _ in range(num_links(config.comm))]
+            for ranks in distinct
+        }
         for ranks in mine:
             nodes = list(topology.subset(ranks).node_of_rank)
             comms[ranks] = make_comm(choices[ranks].name, made[ranks], nodes, device, milliseconds)

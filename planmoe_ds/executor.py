@@ -122,13 +122,27 @@ def link_seconds(spans: Sequence[tuple[str, int, int]], use: LinkUse) -> tuple[f
     if use.serial and intra:
         arrived = max(end for _, _, end in intra)
         inter = [(lane, max(start, arrived), max(end, arrived)) for lane, start, end in inter]
-    onward = sum(end - start for lane, start, end in spans if lane == "onward") * 1e-9
-    return _length(intra) + onward, _length(inter)
+    passed_on = [(start, end) for lane, start, end in spans if lane == "onward"]
+    return _seconds_of_any([*_hull(intra), *passed_on]), _length(inter)
+
+
+def _seconds_of_any(times: Sequence[tuple[int, int]]) -> float:
+    """Seconds in which there is at least one, from (start, end) in nanoseconds."""
+    total, reached = 0, 0
+    for start, end in sorted(times):
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total * 1e-9
+
+
+def _hull(spans: Sequence[tuple[str, int, int]]) -> list[tuple[int, int]]:
+    """From the first start to the last end, if there is any."""
+    return [(min(start for _, start, _ in spans), max(end for _, _, end in spans))] if spans else []
 
 
 def _length(spans: Sequence[tuple[str, int, int]]) -> float:
     """Seconds from the first start to the last end."""
-    return (max((end for _, _, end in spans), default=0) - min((start for _, start, _ in spans), default=0)) * 1e-9
+    return sum(end - start for start, end in _hull(spans)) * 1e-9
 
 
 def costs_from(

@@ -118,7 +118,7 @@ class AbstractComm {
   // A link over options.groups[group], one that is used for nothing else; it lives as long as this, or until close().
   // Every rank adds the same ones in the same order.
   Link& add_link(size_t group, std::string lane);
-  // Lets all ranks of a group know each other; see add_link. NCCL's communicators take memory of the device from here on.
+  // Lets all ranks of a group know each other; see add_link. From here on, if not before, NCCL takes memory of the device.
   void connect(size_t group) const;
   int next_tag();
 

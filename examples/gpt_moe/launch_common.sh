@@ -26,10 +26,10 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # So that no stream's kernels queue behind another's. Megatron asks for 1 where tensor parallelism overlaps.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
-# Variables for the ranks of all machines.
+# Variables for the ranks of all machines: this one's, but for what tells machines apart.
 FOR_RANKS=(OMP_NUM_THREADS CUDA_DEVICE_MAX_CONNECTIONS)
 for name in DS_ACCELERATOR "${!NCCL_@}" "${!GLOO_@}"; do
-    [ -z "${!name:-}" ] || FOR_RANKS+=("$name")
+    [ -z "${!name:-}" ] || [ "$name" = NCCL_HOSTID ] || FOR_RANKS+=("$name")
 done
 
 # local_port: where the ranks of one machine meet: MASTER_PORT if set, else a free one, so that two runs never mix.

@@ -26,10 +26,13 @@ def nccl_sockets(machine: Machine) -> Finding:
     name, environment = "NCCL's sockets", machine.environment
     if not machine.torch.facts.get("nccl"):
         return Finding(name, "info", detail="this torch has no NCCL")
-    if any(environment.get(variable) for variable in ("NCCL_NET", "NCCL_NET_PLUGIN")):
-        return Finding(name, "info", detail="NCCL_NET or NCCL_NET_PLUGIN chooses the network between machines")
-    if machine.rdma and environment.get("NCCL_IB_DISABLE", "0") == "0":
-        return Finding(name, "info", detail=f"not used while NCCL can use {', '.join(machine.rdma)}")
+    network, plugin = environment.get("NCCL_NET", ""), environment.get("NCCL_NET_PLUGIN", "")
+    if network.lower() != "socket":
+        if network or plugin.lower() not in ("", "none"):
+            return Finding(name, "info", detail="NCCL_NET or NCCL_NET_PLUGIN chooses the network between machines")
+        if machine.rdma and (environment.get("NCCL_IB_DISABLE") or "0") == "0":
+            detail = f"not used while NCCL can use {', '.join(machine.rdma)}: NCCL_DEBUG=INFO says what it takes"
+            return Finding(name, "info", detail=detail)
     settings = {variable: environment.get(variable) for variable in _SOCKETS}
     given = [f"{variable}={value}" for variable, value in settings.items() if value]
     if given:

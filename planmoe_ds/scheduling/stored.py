@@ -26,7 +26,7 @@ class StoredPlan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     cluster: dict[str, str]
     model: dict[str, str]
     forward: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
@@ -69,7 +69,7 @@ def save_plan(
 ) -> None:
     """Write whole or not at all; OSError when the folder cannot be written."""
     plan = {
-        "version": 2,
+        "version": 3,
         "cluster": dict(cluster),
         "model": dict(model),
         "forward": [asdict(chunk) for chunk in forward],

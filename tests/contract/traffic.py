@@ -10,7 +10,8 @@ import torch.distributed as dist
 from hypothesis import strategies as st
 
 from planmoe_ds.backend import Comm, ExchangeSpec, make_comm
-from planmoe_ds.connect import NUM_LINKS
+from planmoe_ds.compression import AUTO
+from planmoe_ds.connect import num_links
 from planmoe_ds.topology import Topology
 from tests.engine.support import rank_device
 
@@ -63,7 +64,7 @@ def cases(size: int) -> st.SearchStrategy[Case]:
 def new_groups(timeout_ms: int = 0) -> list[dist.ProcessGroup]:
     """What an all-to-all over the whole world is made from; collective."""
     timeout = timedelta(milliseconds=timeout_ms) if timeout_ms else None
-    return [dist.new_group(timeout=timeout) for _ in range(NUM_LINKS)]
+    return [dist.new_group(timeout=timeout) for _ in range(num_links(AUTO))]
 
 
 def new_comm(name: str, nodes: tuple[int, ...] | None = None, timeout_ms: int = 0) -> Comm:

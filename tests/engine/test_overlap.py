@@ -116,7 +116,7 @@ def trace_with_a_late_node(seconds: float) -> list[Span]:
 
 def test_sums_do_not_wait_behind_what_is_passed_on(ranks: RankPool) -> None:
     """Inside a node the first chunk's sums travel while the second chunk is still on its way from the other node."""
-    seconds = 1.0
+    seconds = 2.0
     for spans in ranks.run(4, trace_with_a_late_node, seconds)[:2]:
         passed_on = [span for span in spans if (span.lane, span.name, span.chunk) == ("onward", "dispatch", 1)]
         sums = [span for span in spans if (span.lane, span.name, span.chunk) == ("intra", "combine", 0)]

@@ -83,14 +83,14 @@ def test_mpi_passes_the_variables_on(machine: dict[str, str], tmp_path: Path) ->
     (tmp_path / "hosts").write_text("# two\nfirst slots=4\nsecond slots=4\n")
     (tmp_path / "mpirun").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "mpirun").chmod(0o755)
-    set_here = {"NCCL_SOCKET_NTHREADS": "4", "NCCL_DEBUG": "", "GLOO_SOCKET_IFNAME": "eth1"}
+    set_here = {"NCCL_SOCKET_NTHREADS": "4", "NCCL_DEBUG": "", "NCCL_HOSTID": "a", "GLOO_SOCKET_IFNAME": "eth1"}
     done = run([EXAMPLE / "run_mpi.sh", "-H", tmp_path / "hosts"], {**machine, **set_here})
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
     passed = {name for option, name in pairwise(words) if option == "-x"}
     wanted = {"PATH", "OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_SOCKET_NTHREADS", "GLOO_SOCKET_IFNAME"}
     assert wanted <= passed
-    assert "NCCL_DEBUG" not in passed
+    assert not {"NCCL_DEBUG", "NCCL_HOSTID"} & passed
 
 
 def test_a_python_that_is_not_there(machine: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import planmoe_ds.layer as layer_module
-from planmoe_ds.connect import NUM_LINKS
+from planmoe_ds.connect import num_links
 from planmoe_ds.counts import Counts
 from planmoe_ds.rows import Integers
 from planmoe_ds.wire import TokenColumns, token_columns
@@ -112,7 +112,7 @@ def listening() -> int:
 def doors() -> tuple[int, int]:
     """Listening sockets that come with planmoe's groups, watchdog and one step, and with as many groups of torch's."""
     start = listening()
-    for _ in range(NUM_LINKS):
+    for _ in range(num_links("direct")):
         dist.barrier(group=dist.new_group())
     of_torch = listening() - start
     drop_groups()

@@ -89,5 +89,6 @@ def timeouts(settings: dict[str, object]) -> list[float]:
 
 @pytest.mark.distributed
 def test_planmoes_groups_wait_as_long_as_the_jobs_own_or_as_the_config_says(ranks: RankPool) -> None:
-    assert ranks.run(2, timeouts, {}) == [[1800, 77, 77]] * 2
-    assert ranks.run(2, timeouts, {"timeout_seconds": 5}) == [[1800, 5, 5]] * 2
+    assert ranks.run(2, timeouts, {}) == [[1800, 77]] * 2
+    assert ranks.run(2, timeouts, {"comm": "pipe"}) == [[1800, 77, 77]] * 2
+    assert ranks.run(2, timeouts, {"comm": "dedup", "timeout_seconds": 5}) == [[1800, 5, 5, 5]] * 2

@@ -127,7 +127,10 @@ CASES = [
     (framework_checks.nccl_sockets, machine(torch=Probe(GPU_TORCH)), "info", "NCCL_SOCKET_NTHREADS=2"),
     (framework_checks.nccl_sockets, over_rdma(), "info", "not used while NCCL can use efa_0, mlx5_1"),
     (framework_checks.nccl_sockets, over_rdma(NCCL_IB_DISABLE="1"), "info", "NCCL_NSOCKS_PERTHREAD=2"),
-    (framework_checks.nccl_sockets, over_rdma(NCCL_NET="Socket"), "info", "chooses the network"),
+    (framework_checks.nccl_sockets, over_rdma(NCCL_IB_DISABLE=""), "info", "not used while NCCL can use efa_0"),
+    (framework_checks.nccl_sockets, over_rdma(NCCL_NET="Socket"), "info", "NCCL_NSOCKS_PERTHREAD=2"),
+    (framework_checks.nccl_sockets, over_rdma(NCCL_NET_PLUGIN="none"), "info", "not used while NCCL can use efa_0"),
+    (framework_checks.nccl_sockets, over_rdma(NCCL_NET_PLUGIN="ofi"), "info", "chooses the network"),
     (
         framework_checks.nccl_sockets,
         machine(torch=Probe(GPU_TORCH), environment={"NCCL_NSOCKS_PERTHREAD": "4"}),

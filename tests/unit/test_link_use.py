@@ -35,6 +35,12 @@ passed_on = [("onward", 2 * MS, 3 * MS), ("onward", 6 * MS, 7 * MS + MS // 2)]
             LinkUse(serial=False, crosses=True),
             (3.5, 6.0),
         ),
+        # and where they travel at once it is busy once
+        (
+            [("inter", 0, 4 * MS), ("intra", 0, 6 * MS), ("onward", MS, 3 * MS), ("onward", 4 * MS, 7 * MS)],
+            LinkUse(serial=False, crosses=True),
+            (7.0, 4.0),
+        ),
         ([], LinkUse(serial=False, crosses=True), (0.0, 0.0)),
     ],
 )
