@@ -134,6 +134,27 @@ def test_rows_that_lossless_does_not_carry_are_told(
     assert ("other rows travel as they are" in choice.reason) == told
 
 
+@pytest.mark.parametrize(
+    ("compression", "nodes", "used", "told"),
+    [
+        ({"inter": "lossless", "intra": "int8"}, [0, 0], ["int8", "none"], True),
+        ({"inter": "lossless", "sums": "bf16"}, [0, 0], ["none"], True),
+        ({"inter": "lossless"}, [0, 1], ["lossless", "none"], False),
+        ("int8", [0, 0], ["int8", "none"], False),
+    ],
+    ids=str,
+)
+def test_codecs_between_nodes_are_for_groups_that_have_some(
+    compression: object, nodes: list[int], used: list[str], told: bool
+) -> None:
+    group: Any = SimpleNamespace(comm=SimpleNamespace(node_of_rank=nodes))
+    config = parse_config({"compression": compression})
+    rows = (1024, torch.bfloat16, torch.device("cpu"))
+    choice = resolve_compression(config, {"ep": group}, {"ep": LAYER}, rows)["ep"]
+    assert choice.compression.names() == used
+    assert ("nothing travels between nodes" in choice.reason) is told
+
+
 def measure_apart() -> float:
     has_layers = dist.get_rank() == 0
     return measure_codec(
