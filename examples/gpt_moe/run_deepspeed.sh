@@ -5,7 +5,7 @@
 #
 # HOSTFILE is DeepSpeed's: a line "machine slots=8" per machine, as many ranks as slots, reachable by ssh without a
 # password, with the repository, .venv and --output at the same path. Environment: MASTER_PORT (29500; on one
-# machine a free one), PYTHON.
+# machine a free one), PYTHON; this machine's NCCL_* and GLOO_* hold for all ranks.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 

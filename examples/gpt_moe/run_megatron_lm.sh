@@ -13,7 +13,7 @@
 #
 # Environment: MEGATRON_LM (the checkout), RANKS (per machine with torchrun, in all with MPI; its number of GPUs), NNODES (1),
 # NODE_RANK (0), MASTER_ADDR, MASTER_PORT (29500), HOSTFILE, PYTHON (this repository's .venv, else python3),
-# MPIRUN_ARGUMENTS.
+# MPIRUN_ARGUMENTS; with MPI this machine's NCCL_* and GLOO_* hold for all ranks.
 set -euo pipefail
 NEEDS_GPU=1
 source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"

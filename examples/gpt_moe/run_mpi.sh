@@ -8,7 +8,8 @@
 #
 # HOSTFILE is Open MPI's: a line "machine slots=8" per machine, the first one holds rank 0. The repository, .venv and
 # --output must be at the same path on all of them. Environment: MASTER_PORT (29500; on one machine a free one), PYTHON,
-# MPIRUN_ARGUMENTS (more options for mpirun, such as "--mca btl_tcp_if_include eth0").
+# MPIRUN_ARGUMENTS (more options for mpirun, such as "--mca btl_tcp_if_include eth0"); this machine's NCCL_* and GLOO_* hold
+# for all ranks.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 

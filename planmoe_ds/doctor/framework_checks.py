@@ -60,7 +60,7 @@ def cuda_devices(machine: Machine) -> Finding:
 def max_connections(machine: Machine) -> Finding:
     """CUDA_DEVICE_MAX_CONNECTIONS: where streams share one, kernels of one queue behind those of another."""
     name, value = "CUDA_DEVICE_MAX_CONNECTIONS", machine.environment.get("CUDA_DEVICE_MAX_CONNECTIONS")
-    best = "set it to 32, so that both links and the computing have connections of their own"
+    best = "set it to 32, so that all links and the computing have connections of their own"
     if value is None:
         return Finding(name, "info", detail="not set: the driver's default of 8, or of 2 under MPS", advice=best)
     if not value.isdigit() or not 1 <= int(value) <= 32:
@@ -70,7 +70,7 @@ def max_connections(machine: Machine) -> Finding:
         advice = f"{best}; before Blackwell, Megatron's tensor or context parallelism asks for 1: keep it then"
         return Finding(name, "info", value, detail, advice)
     if int(value) < 8:
-        return Finding(name, "info", value, "exchanges of the two links may queue behind each other", best)
+        return Finding(name, "info", value, "exchanges of different links may queue behind each other", best)
     return Finding(name, "info", value, "overlap works")
 
 
