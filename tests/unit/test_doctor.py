@@ -147,7 +147,7 @@ CASES = [
     (framework_checks.cuda_devices, machine(torch=Probe({**GPU_TORCH, "devices": ["H200"] * 8})), "ok", "8 x H200"),
     (framework_checks.max_connections, machine(), "info", "not set"),
     (framework_checks.max_connections, machine(environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1"}), "info", "Megatron's"),
-    (framework_checks.max_connections, machine(environment={"CUDA_DEVICE_MAX_CONNECTIONS": "2"}), "info", "of different"),
+    (framework_checks.max_connections, machine(environment={"CUDA_DEVICE_MAX_CONNECTIONS": "2"}), "info", "different"),
     (framework_checks.max_connections, machine(environment={"CUDA_DEVICE_MAX_CONNECTIONS": "32"}), "info", "works"),
     (framework_checks.max_connections, machine(environment={"CUDA_DEVICE_MAX_CONNECTIONS": "x"}), "problem", "1 to 32"),
     (framework_checks.max_connections, machine(environment={"CUDA_DEVICE_MAX_CONNECTIONS": "64"}), "problem", "64"),
