@@ -140,7 +140,6 @@ def drop_groups() -> None:
     """
     torch.cuda.synchronize()
     dist.barrier()
-    torch.cuda.synchronize()
     gc.collect()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:

@@ -116,17 +116,17 @@ def link_seconds(spans: Sequence[tuple[str, int, int]], use: LinkUse) -> tuple[f
     it is busy from its first part's start to its last one's end. What is passed on ("onward") keeps nothing waiting.
     """
     if any(lane == "exchange" for lane, _, _ in spans):  # both classes as one
-        whole = _length(spans)
+        whole = _busy_seconds(_hull(spans))
         return (0.0, whole) if use.crosses else (whole, 0.0)
     intra, inter = ([span for span in spans if span[0] == lane] for lane in ("intra", "inter"))
     if use.serial and intra:
         arrived = max(end for _, _, end in intra)
         inter = [(lane, max(start, arrived), max(end, arrived)) for lane, start, end in inter]
     passed_on = [(start, end) for lane, start, end in spans if lane == "onward"]
-    return _seconds_of_any([*_hull(intra), *passed_on]), _length(inter)
+    return _busy_seconds([*_hull(intra), *passed_on]), _busy_seconds(_hull(inter))
 
 
-def _seconds_of_any(times: Sequence[tuple[int, int]]) -> float:
+def _busy_seconds(times: Sequence[tuple[int, int]]) -> float:
     """Seconds in which there is at least one, from (start, end) in nanoseconds."""
     total, reached = 0, 0
     for start, end in sorted(times):
@@ -138,11 +138,6 @@ def _seconds_of_any(times: Sequence[tuple[int, int]]) -> float:
 def _hull(spans: Sequence[tuple[str, int, int]]) -> list[tuple[int, int]]:
     """From the first start to the last end, if there is any."""
     return [(min(start for _, start, _ in spans), max(end for _, _, end in spans))] if spans else []
-
-
-def _length(spans: Sequence[tuple[str, int, int]]) -> float:
-    """Seconds from the first start to the last end."""
-    return sum(end - start for start, end in _hull(spans)) * 1e-9
 
 
 def costs_from(

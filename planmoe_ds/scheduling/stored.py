@@ -68,17 +68,16 @@ def save_plan(
     backward: list[ChunkCosts] | None,
 ) -> None:
     """Write whole or not at all; OSError when the folder cannot be written."""
-    plan = {
-        "version": 3,
-        "cluster": dict(cluster),
-        "model": dict(model),
-        "forward": [asdict(chunk) for chunk in forward],
-        "backward": None if backward is None else [asdict(chunk) for chunk in backward],
-    }
+    plan = StoredPlan(
+        cluster=dict(cluster),
+        model=dict(model),
+        forward=tuple(map(asdict, forward)),
+        backward=None if backward is None else tuple(map(asdict, backward)),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # in the same file system: the rename is atomic
         draft = Path(folder) / path.name
-        draft.write_text(json.dumps(plan, indent=1))
+        draft.write_text(json.dumps(plan.model_dump(), indent=1))
         draft.replace(path)
 
 
