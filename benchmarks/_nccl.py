@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -32,23 +32,29 @@ _GLOO_ADDRESS, _GLOO_LABEL = "127.1.0.1/32", "lo:gloo"
 _REMOVE_QUEUES = "tc qdisc del dev lo root"
 
 
-def add_sharing(parser: argparse.ArgumentParser) -> None:
-    """The option by which ranks take turns."""
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """The options that say how many ranks there are, and what lies between them."""
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--hosts", type=int, default=1, help="emulated hosts; TCP sockets between them")
+    parser.add_argument("--gbit", type=float, help="limit what a host sends to the others, per second (root, tc)")
+    parser.add_argument("--fair", action="store_true", help="gloo's messages do not queue behind NCCL's on that link")
     parser.add_argument("--take-turns", action="store_true", help="ranks that share a card do not run side by side")
 
 
-def launch(num_ranks: int, *arguments: str, take_turns: bool, variables: Mapping[str, str] | None = None) -> int:
-    """Run this program again as `num_ranks` ranks, with more arguments and environment variables; the exit code."""
+def launch(options: argparse.Namespace, *arguments: str) -> int:
+    """Run this program again as the ranks of `add_cluster`'s options, with more arguments; the exit code."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    ranks_per_card = -(-num_ranks // max(1, torch.cuda.device_count()))
+    ranks_per_card = -(-options.ranks // max(1, torch.cuda.device_count()))
     connections = {"CUDA_DEVICE_MAX_CONNECTIONS": str(min(32, max(8, 64 // ranks_per_card)))}
     environment = {**connections, **os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    ranks = f"--nproc_per_node={num_ranks}"
+    ranks = f"--nproc_per_node={options.ranks}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *sys.argv, *arguments]
-    with tempfile.TemporaryDirectory() as folder, side_by_side(1 if take_turns else ranks_per_card) as service:
+    link = limited_link(options.hosts, options.gbit, fair=options.fair)
+    service = side_by_side(1 if options.take_turns else ranks_per_card)
+    with tempfile.TemporaryDirectory() as folder, service as its_variables, link as its_address:
         environment["XDG_CACHE_HOME"] = folder  # what links cost elsewhere is nothing to emulated hosts
-        return subprocess.run(command, env={**environment, **service, **(variables or {})}, check=False).returncode
+        return subprocess.run(command, env={**environment, **its_variables, **its_address}, check=False).returncode
 
 
 @contextmanager
@@ -156,13 +162,14 @@ def forget_deepspeed_groups() -> None:
     groups._WORLD_GROUP = None
 
 
-def describe_ranks(hosts: int) -> str:
-    """Ranks, hosts, cards and NCCL."""
+def describe_ranks(options: argparse.Namespace) -> str:
+    """Ranks, hosts, cards, NCCL, and the limit of the link."""
     cards = min(torch.cuda.device_count(), dist.get_world_size())
     version = ".".join(map(str, torch.cuda.nccl.version()))
     sharing = "" if cards == dist.get_world_size() else ", side by side" if _PIPES in os.environ else ", taking turns"
     name = f"{cards} x {torch.cuda.get_device_name()}{sharing}"
-    return f"{dist.get_world_size()} ranks as {hosts} hosts on {name}, NCCL {version}"
+    link = "" if options.gbit is None else f", {options.gbit:g} Gbit/s out of each host{', fair' * options.fair}"
+    return f"{dist.get_world_size()} ranks as {options.hosts} hosts on {name}, NCCL {version}{link}"
 
 
 def median_ms(call: Callable[[], object], rounds: int, warm_up: int = 2) -> float:

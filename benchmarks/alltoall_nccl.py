@@ -1,6 +1,6 @@
 """All-to-alls over NCCL: torch's all_to_all_single against planmoe's, uniform and skewed.
 
-    python -m benchmarks.alltoall_nccl [--ranks 2] [--hosts 1] [--quick] [--json FILE]
+    python -m benchmarks.alltoall_nccl [--ranks 2] [--hosts 1] [--gbit 10 [--fair]] [--quick] [--json FILE]
 
 GB/s that a rank sends to others (its bus bandwidth), from medians of the slowest rank; one variant after the other.
 Skewed: rank 0 gets half of everything. See benchmarks/_nccl.py for hosts and ranks that share a card.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks._nccl import add_sharing, launch, median_ms, start
+from benchmarks._nccl import add_cluster, launch, median_ms, start
 
 KIB = (64, 1024, 16384, 262144)  # sent by each rank
 WIDTH = 1024  # bytes per row
@@ -63,15 +63,14 @@ GROUPS: list[dist.ProcessGroup] = []
 def main() -> None:
     """Launch the ranks, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--hosts", type=int, default=1, help="emulated hosts; TCP sockets between them")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
-    add_sharing(parser)
+    add_cluster(parser)
+    parser.set_defaults(ranks=torch.cuda.device_count())
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if "RANK" not in os.environ:
-        sys.exit(launch(options.ranks, take_turns=options.take_turns))
+        sys.exit(launch(options))
     start(options.hosts)
     from planmoe_ds.connect import num_links
 

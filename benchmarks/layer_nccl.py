@@ -22,11 +22,10 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks._nccl import (
-    add_sharing,
+    add_cluster,
     describe_ranks,
     forget_deepspeed_groups,
     launch,
-    limited_link,
     median_host_ms,
     median_ms,
     start,
@@ -135,20 +134,15 @@ def count_differences(found: list[torch.Tensor], others: list[torch.Tensor]) -> 
 def main() -> None:
     """Launch the ranks, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--hosts", type=int, default=1, help="emulated hosts; TCP sockets between them")
-    parser.add_argument("--gbit", type=float, help="limit what a host sends to the others, per second (root, tc)")
-    parser.add_argument("--fair", action="store_true", help="gloo's messages do not queue behind NCCL's on that link")
+    add_cluster(parser)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens per rank, hidden, width, experts, top-k")
     parser.add_argument("--only", default="", help="variants whose names hold one of these words, between slashes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one small shape, few rounds")
-    add_sharing(parser)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if "RANK" not in os.environ:
-        with limited_link(options.hosts, options.gbit, fair=options.fair) as variables:
-            sys.exit(launch(options.ranks, take_turns=options.take_turns, variables=variables))
+        sys.exit(launch(options))
     device = start(options.hosts)
     import deepspeed
 
@@ -160,8 +154,7 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
     speaks = dist.get_rank() == 0
     if speaks:
-        link = "" if options.gbit is None else f", {options.gbit:g} Gbit/s out of each host{', fair' * options.fair}"
-        print(describe_ranks(options.hosts) + link)
+        print(describe_ranks(options))
     for text in shapes:
         shape = [int(number) for number in text.split(",")]
         rows = found[text] = {}

@@ -1,7 +1,7 @@
 """A GPT-MoE trained with DeepSpeed or Megatron over NCCL: stock against planmoe, step by step.
 
-    python -m benchmarks.train_nccl [--framework megatron] [--ranks 4] [--hosts 2] [--top-k 8 --experts 64 …]
-        [--quick] [--json FILE] [--profile FILE]
+    python -m benchmarks.train_nccl [--framework megatron] [--ranks 4] [--hosts 2]
+        [--gbit 18 [--fair]] [--top-k 8 --experts 64 …] [--quick] [--json FILE] [--profile FILE]
 
 bf16, ZeRO 1 or Megatron's distributed optimizer, random bytes; every other block of the model has experts. "without
 all-to-all" is stock with its all-to-alls left out: the bound that no dispatch can beat. Milliseconds per step of the
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks._nccl import add_sharing, describe_ranks, launch, median_ms, start
+from benchmarks._nccl import add_cluster, describe_ranks, launch, median_ms, start
 from benchmarks.layer_nccl import BOUND, LEARNING, best_by_codec
 from benchmarks.layer_nccl import VARIANTS as LAYER_VARIANTS
 
@@ -41,14 +41,14 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in {
-        "ranks": 4, "hosts": 1, "steps": 6, "layers": 8, "hidden-size": 1024, "heads": 16, "experts": 64, "top-k": 8,
-        "batch-size": 4, "sequence-length": 1024,
+        "steps": 6, "layers": 8, "hidden-size": 1024, "heads": 16, "experts": 64, "top-k": 8, "batch-size": 4,
+        "sequence-length": 1024,
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--framework", choices=["deepspeed", "megatron"], default="deepspeed")
     parser.add_argument("--only", default="", help="variants whose names hold one of these words, between slashes")
     parser.add_argument("--quick", action="store_true", help="a small model, few steps")
-    add_sharing(parser)
+    add_cluster(parser)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--profile", help="write the trace of a step of the last variant there")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # for the ranks
@@ -133,7 +133,7 @@ def be_a_rank(arguments: argparse.Namespace) -> None:
     sys.path.insert(0, str(ROOT / "examples/gpt_moe"))
     row: dict[str, Any] = measure(arguments, device)
     if dist.get_rank() == 0:
-        arguments.row.write_text(json.dumps({**row, "ranks": describe_ranks(arguments.hosts)}))
+        arguments.row.write_text(json.dumps({**row, "ranks": describe_ranks(arguments)}))
     dist.destroy_process_group()
 
 
@@ -151,7 +151,7 @@ def main() -> None:
         for variant in variants:
             more = ["--variant", variant, "--row", str(path)]
             more += ["--profile", ""] if variant != variants[-1] else []
-            if launch(arguments.ranks, *more, take_turns=arguments.take_turns):
+            if launch(arguments, *more):
                 print(f"{variant:40} failed", flush=True)
                 failed.append(variant)
                 continue
