@@ -120,4 +120,5 @@ def _clean_up(snapshot: state.Snapshot, environment: dict[str, str], num_threads
     except Exception:  # noqa: BLE001 - any trouble here retires the process
         traceback.print_exc()
         return False
-    return threading.active_count() <= num_threads
+    failed_to_begin = torch.distributed.distributed_c10d._world.group_count > 0  # and counts on, unlike a new process
+    return not failed_to_begin and threading.active_count() <= num_threads

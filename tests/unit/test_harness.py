@@ -240,6 +240,13 @@ def test_killed_rank_is_an_outcome(ranks: RankPool) -> None:
     assert ranks.run(2, sum_of_ranks, 0) == [1, 1]
 
 
+def test_process_whose_group_did_not_begin_is_replaced(ranks: RankPool) -> None:
+    assert ranks.run(1, sum_of_ranks, 0) == [0]
+    (outcome,) = ranks.run(1, sum_of_ranks, 0, env={"GLOO_SOCKET_IFNAME": "nowhere"}, expect_failure=True)
+    assert "nowhere" in outcome.message
+    assert ranks.run(2, sum_of_ranks, 0, timeout=20) == [1, 1]
+
+
 def test_result_that_cannot_travel_is_an_error(ranks: RankPool) -> None:
     with pytest.raises(RankError, match="return_unpicklable"):
         ranks.run(1, return_unpicklable)
