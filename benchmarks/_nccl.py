@@ -13,6 +13,7 @@ import argparse
 import gc
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,19 +43,28 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 
 def launch(options: argparse.Namespace, *arguments: str) -> int:
-    """Run this program again as the ranks of `add_cluster`'s options, with more arguments; the exit code."""
+    """Run this program again as the ranks of `add_cluster`'s options, with more arguments; the exit code.
+
+    SIGTERM ends the program from here on as an exception does: the limit of a link must not outlive it.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     ranks_per_card = -(-options.ranks // max(1, torch.cuda.device_count()))
     connections = {"CUDA_DEVICE_MAX_CONNECTIONS": str(min(32, max(8, 64 // ranks_per_card)))}
     environment = {**connections, **os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    ranks = f"--nproc_per_node={options.ranks}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, *sys.argv, *arguments]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
+    command = [sys.executable, *launcher, *sys.argv, *arguments]
     link = limited_link(options.hosts, options.gbit, fair=options.fair)
     service = side_by_side(1 if options.take_turns else ranks_per_card)
     with tempfile.TemporaryDirectory() as folder, service as its_variables, link as its_address:
         environment["XDG_CACHE_HOME"] = folder  # what links cost elsewhere is nothing to emulated hosts
-        return subprocess.run(command, env={**environment, **its_variables, **its_address}, check=False).returncode
+        ranks = subprocess.Popen(command, env={**environment, **its_variables, **its_address})
+        try:
+            return ranks.wait()
+        except BaseException:
+            ranks.terminate()
+            raise
 
 
 @contextmanager

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks._nccl import ROOT, limited_link
+from benchmarks._nccl import ROOT, launch, limited_link
 
 LIMITS = "ceil 13.8gbit burst 1mb cburst 1mb quantum 60000"
 TOLD = (
@@ -82,6 +87,39 @@ def test_who_may_not(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="takes root"), limited_link(2, 6.9):
         pass
     assert not calls.exists()
+
+
+def test_a_program_that_is_told_to_end_takes_its_ranks_and_the_limit_along(
+    calls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = tmp_path / "began"
+    script = tmp_path / "rank.py"
+    script.write_text(f"import os, time\nopen({str(began)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+
+    def tell() -> None:
+        wait_for(lambda: began.exists() and began.read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    teller = threading.Thread(target=tell)
+    before = signal.getsignal(signal.SIGTERM)
+    teller.start()
+    try:
+        with pytest.raises(SystemExit):
+            launch(Namespace(ranks=1, hosts=2, gbit=6.9, fair=True, take_turns=True))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        teller.join()
+    assert calls.read_text().splitlines() == TOLD[True]
+    wait_for(lambda: not Path(f"/proc/{began.read_text()}").exists())
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """For at most 30 seconds."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 IN_A_NAMESPACE = """
