@@ -8,7 +8,8 @@
 # ranks share the cards where there are fewer: that takes NCCL 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1.
 # Environment: SECONDS_EACH (600), PYTHON (python3), and PROCESSES (1): so many pytest processes at a time run parallel,
 # engine and deepspeed, each on one card. More than two on a card want CUDA's Multi-Process Service
-# (`nvidia-cuda-mps-control -d`), and NCCL_MAX_NCHANNELS=2 makes their start quicker.
+# (`nvidia-cuda-mps-control -d`), and NCCL_MAX_NCHANNELS=2 makes their start quicker. They get that service's default of
+# two connections each: with more, a card that many share is soon "busy or unavailable".
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 output=$(mkdir -p "${1:-output/nccl_check}" && cd "${1:-output/nccl_check}" && pwd)
@@ -43,7 +44,7 @@ over_nccl() {
     cards=$(nvidia-smi -L | wc -l)
     for number in $(seq "$PROCESSES"); do
         (
-            export CUDA_VISIBLE_DEVICES=$(((number - 1) % cards))
+            export CUDA_VISIBLE_DEVICES=$(((number - 1) % cards)) CUDA_DEVICE_MAX_CONNECTIONS=2
             suite "$name-$number" "$PYTHON" -m pytest -q --backend nccl --shard "$number/$PROCESSES" "$@"
             exit "$status"
         ) &
