@@ -11,21 +11,18 @@ ANSWER_SECONDS.
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from planmoe_ds.backend import Comm, Exchange
 from planmoe_ds.errors import PlanMoEMismatchError
-from planmoe_ds.job_store import job_store
+from planmoe_ds.notices import Notices, Position
 from planmoe_ds.stopping import Reason, end_waits
 
 PERIOD_SECONDS = 0.5  # at least; stretched so that the store never gets more than MAX_CALLS_PER_SECOND
@@ -36,23 +33,7 @@ KEPT_STEPS = 24
 NO_NUMBER = 1 << 62  # of an exchange that is being started
 _MOST_STORE_FAILURES = 3
 
-_FAILED = "failed"
 _Answer = TypeVar("_Answer")
-
-
-class Position(NamedTuple):
-    """Where a rank is: exchange `number` of group `group` (-1: none yet), `what` it does, `since` (time.time())."""
-
-    group: int
-    number: int
-    what: str
-    since: float
-    waits: bool
-
-    def describe(self) -> str:
-        """A clause such as "waits in layer 3 forward, dispatch of chunk 1, for 2.1 s"."""
-        verb = "waits in" if self.waits else "was last in"
-        return f"{verb} {self.what}, for {max(0.0, time.time() - self.since):.1f} s"
 
 
 _START = Position(-1, -1, "the start", 0.0, waits=False)
@@ -141,21 +122,11 @@ class _Monitor(threading.Thread):
         self._history: deque[Position] = deque(maxlen=KEPT_STEPS)
         self._stopping = threading.Event()
         self._lock = threading.Lock()
-        self._store = self._own_store()
-        self._published: Position | None = None
-        self._beat = 0
+        self._notices = Notices(self.rank)
         self._num_heard = 0  # answers of the store
         self._pulses: dict[int, tuple[bytes, float]] = {}
         self._period = max(PERIOD_SECONDS, 3 * self.world_size / MAX_CALLS_PER_SECOND)
         self._awake = self._count_awake()
-
-    def _own_store(self) -> Store:
-        store = job_store()
-        round_number = store.add(f"watchdogs/{self.rank}", 1)
-        if hasattr(store, "clone"):
-            with contextlib.suppress(RuntimeError, NotImplementedError):
-                store = store.clone()  # a connection of its own: the program may block on the other one
-        return PrefixStore(f"watch/{round_number}", store)
 
     def _count_awake(self) -> _Awake:
         return _Awake(max(2 * self._period, SILENCE_SECONDS / 4))
@@ -238,7 +209,7 @@ class _Monitor(threading.Thread):
             self._stop_all(Reason(self.rank, "error", text))
         if self._stopping.is_set():
             with contextlib.suppress(RuntimeError):
-                self._store.set(f"ended/{self.rank}", json.dumps(self._passed))
+                self._notices.tell_end(self._passed)
 
     def _watch_the_clock(self) -> None:
         """Stop a rank that waits while the store does not answer."""
@@ -270,12 +241,8 @@ class _Monitor(threading.Thread):
             self._read_reason()
         elif not self._told:  # found while the store did not answer
             self._give(self.reason)
-        self._beat += 1
-        self._store.set(f"pulse/{self.rank}", str(self._beat))
         position = self._place_of_wait()
-        if position != self._published:
-            self._store.set(f"position/{self.rank}", json.dumps(position._asdict()))
-            self._published = position
+        self._notices.tell(position)
         if self.reason is None and position.waits and time.time() - position.since > self._period:
             found = self._suspect(position)
             if found is not None and self._place_of_wait() == position:
@@ -283,15 +250,16 @@ class _Monitor(threading.Thread):
 
     def _read_reason(self) -> None:
         with contextlib.suppress(RuntimeError):
-            if self._store.check([_FAILED]):
-                self._stop_all(Reason(**json.loads(self._store.get(_FAILED))))
+            reason = self._notices.reason()
+            if reason is not None:
+                self._stop_all(reason)
 
     def _suspect(self, mine: Position) -> Reason | None:
         """What is wrong with a rank that this one waits for."""
         for peer in self._members.get(mine.group, ()):
             if peer == self.rank:
                 continue
-            theirs = self._position_of(peer)
+            theirs = self._notices.position(peer)
             is_here = theirs is not None and theirs.waits and (theirs.group, theirs.number) == (mine.group, mine.number)
             if is_here and theirs is not None and theirs.what != mine.what:
                 text = (
@@ -300,8 +268,8 @@ class _Monitor(threading.Thread):
                 )
                 return Reason(self.rank, "mismatch", text)
             is_silent = self._is_silent(peer)
-            if (is_silent or not is_here) and self._store.check([f"ended/{peer}"]):
-                passed = json.loads(self._store.get(f"ended/{peer}")).get(str(mine.group), -1)
+            passed = self._notices.passed_before_end(peer, mine.group) if is_silent or not is_here else None
+            if passed is not None:
                 if passed >= mine.number:
                     continue
                 if not self._may_be_behind(mine):
@@ -320,40 +288,29 @@ class _Monitor(threading.Thread):
         return not self.position.waits and time.time() - mine.since < SILENCE_SECONDS
 
     def _missing(self, mine: Position, peer: int, how: str) -> Reason:
-        theirs = self._position_of(peer)
+        theirs = self._notices.position(peer)
         last = "" if theirs is None else f"; it {theirs._replace(waits=False).describe()}"
         text = f"rank {peer} {how}, but rank {self.rank} {mine.describe()}{last}"
         return Reason(self.rank, "error", f"{text}\n{self._where_all_are()}")
 
     def _is_silent(self, peer: int) -> bool:
-        key, now = f"pulse/{peer}", self._awake.seconds
-        pulse = self._store.get(key) if self._store.check([key]) else b""
+        pulse, now = self._notices.pulse(peer), self._awake.seconds
         seen, since = self._pulses.get(peer, (None, now))
         if pulse != seen:
             since = now
         self._pulses[peer] = (pulse, since)
         return now - since > SILENCE_SECONDS
 
-    def _position_of(self, peer: int) -> Position | None:
-        key = f"position/{peer}"
-        return Position(**json.loads(self._store.get(key))) if self._store.check([key]) else None
-
     def _where_all_are(self) -> str:
-        """A line per rank that has told where it is: of this rank's groups, or the whole small world."""
+        """A line per rank of this rank's groups."""
         ranks = sorted({rank for ranks in self._members.values() for rank in ranks})
-        lines = []
-        with contextlib.suppress(RuntimeError):
-            for rank in ranks:
-                place = self.position if rank == self.rank else self._position_of(rank)
-                lines.append(f"  rank {rank} " + ("has told nothing yet" if place is None else place.describe()))
-        return "\n".join(["where the ranks are:", *lines])
+        return self._notices.where_all_are(ranks, self.position)
 
     def _give(self, reason: Reason) -> None:
         """Make this the reason for all ranks, unless another one came first."""
         with contextlib.suppress(RuntimeError):
-            kept = self._store.compare_set(_FAILED, "", json.dumps(asdict(reason)))
+            reason = self._notices.give(reason)
             self._told = True
-            reason = Reason(**json.loads(kept))
         self._stop_all(reason)
 
     def _stop_all(self, reason: Reason) -> None:
