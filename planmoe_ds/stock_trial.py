@@ -22,6 +22,11 @@ _CALLS = WARM_UP + MEASURED  # of either
 PATIENCE = 200  # calls: then one that waits for its backward counts as given up
 TRIAL_CALLS = 2 * _CALLS + 1  # planmoe's, stock's, and planmoe's in which the ranks decide
 
+_ITS_LIMIT = (
+    "It needs equal numbers of tokens on all ranks in every call; where they may differ, a setting of your own, such as "
+    '"chunks": 1, stays with planmoe\'s'
+)
+
 Layer = Callable[[torch.Tensor], torch.Tensor]  # hidden states [..., H] -> output [..., H]
 
 
@@ -127,7 +132,8 @@ class StockTrial:
         )
         ours, theirs = (total / self._group.size).tolist()
         self._stock_wins = theirs * (1 + TIE) < ours
-        choice = "the framework's own dispatch from now on" if self._stock_wins else "planmoe's dispatch"
-        self._report(
-            choice, f"a layer took {in_words(ours)} with planmoe and {in_words(theirs)} without, forward and backward"
-        )
+        times = f"a layer took {in_words(ours)} with planmoe and {in_words(theirs)} without, forward and backward"
+        if self._stock_wins:
+            self._report("the framework's own dispatch from now on", f"{times}. {_ITS_LIMIT}")
+        else:
+            self._report("planmoe's dispatch", times)

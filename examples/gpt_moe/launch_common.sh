@@ -32,6 +32,11 @@ for name in DS_ACCELERATOR "${!NCCL_@}" "${!GLOO_@}"; do
     [ -z "${!name:-}" ] || [ "$name" = NCCL_HOSTID ] || FOR_RANKS+=("$name")
 done
 
+# usage: the comment that the script begins with.
+usage() {
+    sed -n '2,/^[^#]/ s/^# \{0,1\}//p' "$0"
+}
+
 # local_port: where the ranks of one machine meet: MASTER_PORT if set, else a free one, so that two runs never mix.
 local_port() {
     echo "${MASTER_PORT:-$("$PYTHON" -c 'import socket

@@ -25,11 +25,12 @@ write_variables() {
 options=()
 hostfile=""
 given_ranks=""
-while getopts "n:H:" option; do
+while getopts "n:H:-:" option; do
     case $option in
         n) given_ranks=$OPTARG ;;
         H) hostfile=$OPTARG ;;
-        *) sed -n 's/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | sed 1d >&2 && exit 2 ;;
+        -) OPTIND=$((OPTIND - 1)) && break ;; # the script's own
+        *) usage >&2 && exit 2 ;;
     esac
 done
 shift $((OPTIND - 1))

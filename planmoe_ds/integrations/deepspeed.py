@@ -110,8 +110,13 @@ def activate(model: nn.Module, section: object = True, device: torch.device | No
 
     Only for models used without `deepspeed.initialize`, which does this itself. Process groups must exist
     (set_deepspeed_parallelism was called on each MoE). section: what a DeepSpeed config's "planmoe" may hold.
-    Returns None when the section says off.
+    Returns None when the section says off. Raises PlanMoEConfigError.
     """
+    if not dist.is_initialized():
+        raise PlanMoEConfigError(
+            "planmoe_ds.activate needs process groups: first call deepspeed.init_distributed(), and "
+            "set_deepspeed_parallelism() of every MoE layer"
+        )
     config = parse_config(section)
     layers = _moe_layers(model)
     check_agreement(_settings(config, {}, model))

@@ -17,6 +17,7 @@ from deepspeed.moe.sharded_moe import MOELayer
 from torch import nn
 
 import planmoe_ds
+from planmoe_ds.errors import PlanMoEConfigError
 from tests.deepspeed.import_orders import train_after_imports
 from tests.deepspeed.model import HIDDEN, TinyModel
 from tests.deepspeed.training import (
@@ -148,6 +149,11 @@ def train_without_engine() -> str:
         grads = {name: value.grad for name, value in network.named_parameters()}
         results.append({"loss": loss.detach(), "output": output.detach(), **grads})
     return difference(*results, 0.0)
+
+
+def test_activate_says_that_it_needs_process_groups() -> None:
+    with pytest.raises(PlanMoEConfigError, match=r"activate needs process groups: first call deepspeed.init_distr"):
+        planmoe_ds.activate(nn.Linear(2, 2))
 
 
 def test_activate_without_an_engine(ranks: RankPool) -> None:

@@ -77,6 +77,7 @@ def test_the_faster_one_stays(ranks: RankPool, way: str) -> None:
     assert mine == theirs == [*TRIED, "stock", "stock"]
     assert len(said) == 1
     assert said[0].startswith("the framework's own dispatch from now on: a layer took ")
+    assert "It needs equal numbers of tokens on all ranks" in said[0]
     (mine, said), _ = ranks.run(2, try_both, [1.0, 1.0], [60.0, 60.0], way)
     assert mine == [*TRIED, "planmoe", "planmoe"]
     assert said[0].startswith("planmoe's dispatch: ")

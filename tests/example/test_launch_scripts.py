@@ -93,6 +93,20 @@ def test_mpi_passes_the_variables_on(machine: dict[str, str], tmp_path: Path) ->
     assert not {"NCCL_DEBUG", "NCCL_HOSTID"} & passed
 
 
+@pytest.mark.parametrize("script", ["run_mpi.sh", "run_deepspeed.sh"])
+def test_options_without_a_script_are_the_examples(machine: dict[str, str], tmp_path: Path, script: str) -> None:
+    (tmp_path / "mpirun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "mpirun").chmod(0o755)
+    done = run([EXAMPLE / script, "-n", "2", "--steps", "3"], machine)
+    assert done.returncode == 0, done.stderr
+    assert "pretrain_deepspeed.py --steps 3" in done.stdout
+    done = run([EXAMPLE / script, "-x"], machine)
+    assert done.returncode == 2
+    assert f"{script} [-n RANKS" in done.stderr
+    assert "shellcheck" not in done.stderr
+    assert "write_variables" not in done.stderr
+
+
 def test_a_python_that_is_not_there(machine: dict[str, str]) -> None:
     done = run([EXAMPLE / "run_torchrun.sh"], {**machine, "PYTHON": "python1.5"})
     assert done.returncode == 2
