@@ -23,8 +23,8 @@ PATIENCE = 200  # calls: then one that waits for its backward counts as given up
 TRIAL_CALLS = 2 * _CALLS + 1  # planmoe's, stock's, and planmoe's in which the ranks decide
 
 _ITS_LIMIT = (
-    "It needs equal numbers of tokens on all ranks in every call; where they may differ, a setting of your own, such as "
-    '"chunks": 1, stays with planmoe\'s'
+    "It needs equal numbers of tokens on all ranks in every call; where they may differ, "
+    'a setting of your own, such as "chunks": 1, stays with planmoe\'s'
 )
 
 Layer = Callable[[torch.Tensor], torch.Tensor]  # hidden states [..., H] -> output [..., H]
