@@ -16,6 +16,8 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 COMPILED := $(VENV)/.compiled
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+# A file that is gone shows in its folder alone.
+NATIVE_FOLDERS := $(shell find csrc -type d)
 ZFP_SOURCES := $(wildcard zfp/src/* zfp/include/planmoe_zfp/*)
 PYTHON_SOURCES := $(wildcard planmoe_ds tests examples benchmarks megatron_patches) setup.py
 
@@ -76,7 +78,7 @@ $(CUDA_CHOICE): | $(INSTALLED)
 	@touch $@
 endif
 
-$(COMPILED): $(INSTALLED) setup.py pyproject.toml $(NATIVE_SOURCES) $(ZFP_SOURCES) $(CUDA_CHOICE)
+$(COMPILED): $(INSTALLED) setup.py pyproject.toml $(NATIVE_SOURCES) $(NATIVE_FOLDERS) $(ZFP_SOURCES) $(CUDA_CHOICE)
 	@echo "==> compiling planmoe_ds"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@

@@ -197,6 +197,8 @@ def run_command(path: Path, folder: Path) -> int:
     if reports:
         total = sum(report.bound for report in reports) / sum(report.measured for report in reports)
         print(f"efficiency (lower bound / measured): {total:.1%}")
+        if any(report.efficiency > 1.005 for report in reports):
+            print("above 100 %: tasks took less time than when the scheduler learnt the times that the bound is for")
     else:
         print("nothing was predicted: only the schedulers optimal and auto learn what tasks cost")
     try:

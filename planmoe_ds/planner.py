@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from planmoe_ds.backend import Clock, make_scheduler
+from planmoe_ds.errors import PlanMoEConfigError
 from planmoe_ds.executor import LinkUse, Measurement, Order, costs_from, link_use, mean_chunk
 from planmoe_ds.group import ExpertGroup
 from planmoe_ds.plan_store import PlanStore
@@ -196,9 +197,21 @@ class LayerPlanner:
         """The order that the group's first rank decides on."""
         order = torch.zeros(len(graph.tasks), dtype=torch.int64)
         if self._group.rank == 0:
-            order = torch.tensor(timetable(graph, self._scheduler.order(graph)).order)
+            order = torch.tensor(_schedule(graph, self._scheduler).order)
         return self._group.told_by_first(order, "agreeing on the order of tasks").tolist()
 
 
 def _order(graph: TaskGraph, scheduler: AbstractScheduler) -> Order:
-    return Order(timetable(graph, scheduler.order(graph)).tasks)
+    return Order(_schedule(graph, scheduler).tasks)
+
+
+def _schedule(graph: TaskGraph, scheduler: AbstractScheduler) -> Schedule:
+    """Its order with times; PlanMoEConfigError where it is none that tasks can follow."""
+    order = scheduler.order(graph)
+    try:
+        return timetable(graph, order)
+    except ValueError as error:
+        raise PlanMoEConfigError(
+            f"the scheduler {type(scheduler).__name__} gave an order that cannot be followed: {error}. order() returns "
+            "places in graph.tasks, each once, no task before one that it waits for"
+        ) from error

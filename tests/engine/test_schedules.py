@@ -14,6 +14,7 @@ from torch import nn
 import planmoe_ds
 from planmoe_ds.config import PlanMoEConfig
 from planmoe_ds.connect import connect
+from planmoe_ds.errors import PlanMoEConfigError, PlanMoEError
 from planmoe_ds.executor import Order, vector_of
 from planmoe_ds.gradients import ExpertGraph, linear_calls, splittable, used_once
 from planmoe_ds.plan_store import PlanStore
@@ -279,6 +280,34 @@ def backwards(seed: int) -> float:
         output.sum().backward()
     assert {task.kind for task in layer._planner.next_call({}).backward.tasks} == set(Kind)
     return float(output.sum())
+
+
+def order_that_cannot_be(name: str, uses_costs: bool) -> str:
+    """What a layer says of a scheduler that names one task only."""
+
+    class Stuck(planmoe_ds.AbstractScheduler):
+        def order(self, graph: TaskGraph) -> Sequence[int]:
+            return [0] * len(graph.tasks)
+
+    Stuck.uses_costs = uses_costs
+    PLUGINS.schedulers.add(name, Stuck)
+    try:
+        layer = make_layer({"chunks": 2, "scheduler": name})
+        tokens = torch.ones(60, HIDDEN, requires_grad=True)
+        routes = routes_of(torch.arange(60).unsqueeze(0) % dist.get_world_size(), dist.get_world_size())
+        for _ in range(WARM_UP + MEASURED + 2):
+            run_layer(layer, tokens, routes, [nn.Identity()]).sum().backward()
+    except (PlanMoEError, PlanMoEConfigError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("uses_costs", [False, True])
+def test_an_order_that_cannot_be_followed_names_its_scheduler(ranks: RankPool, uses_costs: bool) -> None:
+    for message in ranks.run(2, order_that_cannot_be, "stuck", uses_costs, fresh=True):
+        assert "scheduler Stuck gave an order that cannot be followed: " in message
+        assert "unknown or named twice" in message
 
 
 @pytest.mark.distributed

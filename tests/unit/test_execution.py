@@ -50,9 +50,19 @@ def test_command_writes_trace_and_pictures(schedule: Schedule, tmp_path: Path) -
     found = CliRunner().invoke(app, ["trace", str(tmp_path / "run.json"), "--out", str(tmp_path / "out")])
     assert found.exit_code == 0, found.output
     assert "efficiency (lower bound / measured): 100.0%" in found.stdout
+    assert "above 100 %" not in found.stdout
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["executed.png", "predicted.png", "trace.json"]
     events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {"executed", "predicted"}
+
+
+def test_what_ran_faster_than_learnt_is_explained(schedule: Schedule, tmp_path: Path) -> None:
+    spans = predicted_spans(schedule, 0, "forward")
+    faster = [Span(s.name, s.lane, 0, s.chunk, "forward", s.start_ns // 2, s.end_ns // 2) for s in spans]
+    save_execution(tmp_path / "run.json", faster, {0: {"forward": schedule}})
+    found = CliRunner().invoke(app, ["trace", str(tmp_path / "run.json"), "--out", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output
+    assert "efficiency (lower bound / measured): 200.0%\nabove 100 %: tasks took less time than when" in found.stdout
 
 
 def traced(**changes: object) -> str:
