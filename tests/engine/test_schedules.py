@@ -282,7 +282,7 @@ def backwards(seed: int) -> float:
     return float(output.sum())
 
 
-def order_that_cannot_be(name: str, uses_costs: bool) -> str:
+def order_that_cannot_be(uses_costs: bool) -> str:
     """What a layer says of a scheduler that names one task only."""
 
     class Stuck(planmoe_ds.AbstractScheduler):
@@ -290,9 +290,9 @@ def order_that_cannot_be(name: str, uses_costs: bool) -> str:
             return [0] * len(graph.tasks)
 
     Stuck.uses_costs = uses_costs
-    PLUGINS.schedulers.add(name, Stuck)
+    PLUGINS.schedulers.add("stuck", Stuck)
     try:
-        layer = make_layer({"chunks": 2, "scheduler": name})
+        layer = make_layer({"chunks": 2, "scheduler": "stuck"})
         tokens = torch.ones(60, HIDDEN, requires_grad=True)
         routes = routes_of(torch.arange(60).unsqueeze(0) % dist.get_world_size(), dist.get_world_size())
         for _ in range(WARM_UP + MEASURED + 2):
@@ -305,7 +305,7 @@ def order_that_cannot_be(name: str, uses_costs: bool) -> str:
 @pytest.mark.distributed
 @pytest.mark.parametrize("uses_costs", [False, True])
 def test_an_order_that_cannot_be_followed_names_its_scheduler(ranks: RankPool, uses_costs: bool) -> None:
-    for message in ranks.run(2, order_that_cannot_be, "stuck", uses_costs, fresh=True):
+    for message in ranks.run(2, order_that_cannot_be, uses_costs, fresh=True):
         assert "scheduler Stuck gave an order that cannot be followed: " in message
         assert "unknown or named twice" in message
 
