@@ -20,12 +20,13 @@ PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 status=0
 
-# Runs the rest of the arguments in a session of their own, whose processes all end with it.
+# Runs the rest of the arguments in a session of their own, whose processes all end with it. At the time limit pytest is
+# interrupted, so that it says why tests failed until then.
 suite() {
     local name=$1 begin=$SECONDS code=0
     shift
     printf '==> %s: %s\n' "$name" "$*"
-    setsid timeout --kill-after 10 "${SECONDS_EACH:-600}" "$@" >"$output/$name.log" 2>&1 &
+    setsid timeout --signal INT --kill-after 30 "${SECONDS_EACH:-600}" "$@" >"$output/$name.log" 2>&1 &
     local leader=$!
     wait "$leader" || code=$?
     pkill -KILL --session "$leader" 2>/dev/null

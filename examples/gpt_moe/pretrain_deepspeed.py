@@ -23,7 +23,7 @@ from history import History, StepRecord, read_history
 from launch_env import ProcessPlace, run_on_this_rank
 from options import Options, parse_options
 from progress import LiveNumbers, LiveProgress
-from report import Outcome, write_report
+from report import Outcome, describe_sharing, write_report
 
 BALANCE_LOSS_WEIGHT = 0.01
 
@@ -70,7 +70,8 @@ def announce(engine: DeepSpeedEngine, options: Options, data: ByteData, first_st
         f"model    {model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts, "
         f"top {model.top_k}, {num_parameters / 1e6:.1f} M parameters"
     )
-    print(f"ranks    {dist.get_world_size()} on {get_accelerator().device_name()}, experts shared by {model.ep_size}")
+    num_ranks = dist.get_world_size()
+    print(f"ranks    {num_ranks} on {get_accelerator().device_name()}, {describe_sharing(model.ep_size, num_ranks)}")
     print(f"planmoe  {engines.describe_planmoe(engine)}")
     if first_step >= options.steps:
         print(f"this run is complete at step {first_step}: evaluating it. Train on with --steps above {first_step}")

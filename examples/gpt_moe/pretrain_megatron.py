@@ -23,7 +23,7 @@ from launch_env import ProcessPlace, run_on_this_rank
 from megatron_engine import MegatronEngine, join_ranks, start_engine
 from megatron_options import Options, parse_options
 from progress import LiveNumbers, LiveProgress
-from report import Outcome, write_report
+from report import Outcome, describe_sharing, write_report
 
 MEASURED = ("bytes_sent", "stock_bytes", "exposed_seconds", "communication_seconds", "expert_seconds")
 
@@ -88,7 +88,8 @@ def announce(engine: MegatronEngine, options: Options, data: ByteData, first_ste
         f"model    {model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts, "
         f"top {model.top_k}, {count_parameters(engine, options) / 1e6:.1f} M parameters"
     )
-    print(f"ranks    {dist.get_world_size()} on {engine.device.type}, experts shared by {model.ep_size}")
+    num_ranks = dist.get_world_size()
+    print(f"ranks    {num_ranks} on {engine.device.type}, {describe_sharing(model.ep_size, num_ranks)}")
     print(f"planmoe  {describe_planmoe(engine)}")
     if first_step >= options.steps:
         print(f"this run is complete at step {first_step}: evaluating it. Train on with larger --train-iters")

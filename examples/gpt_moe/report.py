@@ -33,6 +33,13 @@ class Outcome:
     stock: str = "stock DeepSpeed"
 
 
+def describe_sharing(ep_size: int, world_size: int) -> str:
+    """How ranks hold the experts, and when that leaves nothing to exchange."""
+    if ep_size == 1 and world_size > 1:
+        return "each with all experts, so that no tokens travel: what shares them must divide experts and ranks"
+    return f"experts shared by {ep_size}"
+
+
 def write_report(folder: Path, options: Options, records: Sequence[StepRecord], outcome: Outcome) -> None:
     """Write loss.png, metrics.json, sample.txt and summary.md into the folder (metrics.csv is there already)."""
     metrics = {
@@ -111,8 +118,8 @@ def _summary(options: Options, records: Sequence[StepRecord], outcome: Outcome, 
             "model",
             f"{model.num_layers} layers, hidden {model.hidden_size}, {outcome.num_parameters / 1e6:.1f} M parameters",
         ),
-        ("experts", f"{model.num_experts}, top {model.top_k}, shared by {model.ep_size} ranks"),
-        ("ranks", f"{outcome.world_size} on {outcome.device}"),
+        ("experts", f"{model.num_experts}, top {model.top_k}"),
+        ("ranks", f"{outcome.world_size} on {outcome.device}, {describe_sharing(model.ep_size, outcome.world_size)}"),
         ("planmoe", outcome.planmoe),
         *_measured_rows(records, outcome.stock),
         ("validation loss", f"{outcome.validation_loss:.3f} nats per byte (chance: 5.545)"),

@@ -229,3 +229,10 @@ def test_the_megatron_example_reads_settings(tmp_path: Path) -> None:
             options.parse_options(["--planmoe-config", str(settings)], 4)
     with pytest.raises(errors.ExampleError, match="need --moe-token-dispatcher planmoe"):
         options.parse_options(["--moe-token-dispatcher", "alltoall", "--planmoe-scheduler", "optimal"], 4)
+
+
+def test_what_is_told_when_no_tokens_travel() -> None:
+    describe_sharing = load("report").describe_sharing
+    assert describe_sharing(4, 4) == "experts shared by 4"
+    assert describe_sharing(1, 1) == "experts shared by 1"
+    assert "no tokens travel" in describe_sharing(1, 4)
