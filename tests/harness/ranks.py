@@ -16,9 +16,10 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -38,11 +39,18 @@ class RankPool:
     """Up to eight rank processes, started when first needed and kept, with torch imported.
 
     preload: with DeepSpeed as well. NCCL: ranks share GPUs where there are fewer, and it takes `ranks_per_host` of
-    them (0: all) to be on one host.
+    them (0: all) to be on one host. makes_room: a call ends the kept processes of other such pools, unless told
+    otherwise NCCL's: a GPU bears so many processes only.
     """
 
-    def __init__(self, backend: str = "gloo", preload: bool = True, ranks_per_host: int = 0) -> None:
+    _making_room: ClassVar[weakref.WeakSet[RankPool]] = weakref.WeakSet()
+
+    def __init__(
+        self, backend: str = "gloo", preload: bool = True, ranks_per_host: int = 0, makes_room: bool | None = None
+    ) -> None:
         self._backend = backend
+        if backend == "nccl" if makes_room is None else makes_room:
+            self._making_room.add(self)
         self._ranks_per_host = ranks_per_host
         self._preload = preload
         self._processes: dict[int, RankProcess] = {}  # by rank
@@ -83,6 +91,9 @@ class RankPool:
         environments = [{**self._place(rank), **env} for rank, env in enumerate(environments)]
         calls = make_calls(function, arguments, environments, self._new_path("store"))
         fresh |= bare
+        if self in self._making_room:
+            for pool in self._making_room - {self}:
+                pool.end_processes()
         everyone = range(world_size)
         processes = self._start(everyone, environments, forks=not bare) if fresh else self._reuse(world_size)
         outcomes = _converse_or_kill(processes, calls, timeout, expect_failure)
@@ -95,10 +106,15 @@ class RankPool:
                 _kill(processes)
         return outcomes if expect_failure else [outcome.result for outcome in outcomes]
 
+    def end_processes(self) -> None:
+        """End those that are kept; the next call starts new ones."""
+        processes, self._processes = list(self._processes.values()), {}
+        _kill(processes)
+
     def close(self) -> None:
         """End every process and delete the pool's files."""
         try:
-            _kill(list(self._processes.values()))
+            self.end_processes()
         finally:
             self._close(self._servers)
             self._folder.cleanup()

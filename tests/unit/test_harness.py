@@ -134,6 +134,19 @@ def test_processes_are_kept_unless_fresh(ranks: RankPool) -> None:
     assert [state["deepspeed"] for state in kept + fresh + bare] == [True] * 4 + [False] * 2
 
 
+def test_pools_that_make_room_end_each_others_processes(ranks: RankPool) -> None:
+    kept = ranks.run(2, os.getpid)
+    first, second = (RankPool(makes_room=True) for _ in range(2))
+    processes = first.run(2, os.getpid)
+    assert first.run(2, os.getpid) == processes
+    assert second.run(1, os.getpid)[0] not in processes
+    assert not any(Path(f"/proc/{process}").exists() for process in processes)
+    assert first.run(2, sum_of_ranks, 0) == [1, 1]
+    assert ranks.run(2, os.getpid) == kept
+    first.close()
+    second.close()
+
+
 def hash_of_a_name() -> int:
     """What the order of a set of names follows."""
     return hash("expert")
