@@ -77,6 +77,7 @@ def extension() -> CppExtension:
     found += (ROOT / "zfp" / "src").glob("*.c*")
     sources = sorted(str(path.relative_to(ROOT)) for path in found if path.suffix in endings)
     macros = [
+        ("AT_PER_OPERATOR_HEADERS", None),  # with all of ATen's a file takes seconds longer
         ("PLANMOE_TORCH_VERSION", f'"{torch.__version__}"'),
         ("PLANMOE_CUDA_VERSION", f'"{torch.version.cuda if cuda else "off"}"'),
     ]

@@ -152,7 +152,8 @@ def start(hosts: int) -> torch.device:
 def drop_groups() -> None:
     """Destroy all process groups but the world's, each of which holds memory of the card; collective.
 
-    A rank that is ahead must not close connections over which others still receive.
+    A rank that is ahead must not close connections over which others still receive, nor make new ones before they are
+    closed everywhere.
     """
     torch.cuda.synchronize()
     dist.barrier()
@@ -160,6 +161,7 @@ def drop_groups() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    dist.barrier()
 
 
 def forget_deepspeed_groups() -> None:

@@ -1,10 +1,12 @@
 #include "abstract.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <future>
 #include <numeric>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 namespace planmoe {
 namespace {
@@ -69,7 +71,9 @@ int64_t Leg::bytes_sent() const {
   return total;
 }
 
-AbstractComm::AbstractComm(CommOptions options) : options_(std::move(options)) {
+AbstractComm::~AbstractComm() = default;
+
+AbstractComm::AbstractComm(const CommOptions& options) : options_(options) {
   TORCH_CHECK_VALUE(!options_.groups.empty(), "an all-to-all needs at least one process group");
   rank_ = options_.groups[0]->getRank();
   size_ = options_.groups[0]->getSize();

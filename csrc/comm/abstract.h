@@ -6,7 +6,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "../registry.h"
@@ -62,8 +61,8 @@ struct CommOptions {
 // An all-to-all algorithm. A new one is one file: subclass, implement post(), PLANMOE_REGISTER_COMM.
 class AbstractComm {
  public:
-  explicit AbstractComm(CommOptions options);
-  virtual ~AbstractComm() = default;
+  explicit AbstractComm(const CommOptions& options);
+  virtual ~AbstractComm();
 
   // Checks the request (ValueError naming the offending value), then posts it. Does not block on the network, except
   // `hierarchical` on accelerators, which waits for the counts of its node.

@@ -6,7 +6,7 @@
 // leg that was posted before it, so nothing can hang. What is passed on has a link of its own: on the other one inside
 // the node the sums of the chunk before would wait behind it until it has arrived from the other nodes, and the link
 // between nodes, which carries these sums next, would be idle.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cstring>
@@ -211,7 +211,7 @@ class DedupComm final : public PipeComm {
   }
 
   at::Tensor zeros(int64_t rows, int64_t columns, at::ScalarType dtype) {
-    if (columns == 0) return at::empty({rows, 0}, at::TensorOptions().dtype(dtype).device(device()));
+    if (columns == 0) return take_buffer(rows, 0).to(dtype);
     auto bytes = take_buffer(rows, columns * static_cast<int64_t>(c10::elementSize(dtype)));
     if (bytes.device().is_cpu() && bytes.numel() > 0)
       std::memset(bytes.mutable_data_ptr(), 0, bytes.nbytes());  // not zero_(): no pool of threads on a link

@@ -5,7 +5,9 @@
 // Only the source knows how many rows pass through a rank, so the ranks of a node tell each other before: one small
 // message of int64 counts. Legs of an exchange, in one order on all ranks: counts (inside), rows (inside), rows
 // (between). On an accelerator start() waits on the host for the counts; nothing else does.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 
 #include "nodes.h"
 #include "pipe.h"

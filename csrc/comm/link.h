@@ -5,9 +5,12 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
+
+namespace c10d {
+class ProcessGroup;  // its header takes longer to compile than most files here
+}
 
 namespace planmoe {
 

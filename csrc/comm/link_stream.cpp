@@ -1,5 +1,5 @@
 // Legs over an accelerator's process group (NCCL): issued at once by the calling thread on a side stream.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <mutex>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "../clock.h"
 #include "link.h"

@@ -1,5 +1,5 @@
 // Legs over a CPU process group (gloo): a gloo work completes only inside wait(), so one thread per link waits.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <condition_variable>
 #include <cstring>
@@ -7,6 +7,7 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "../clock.h"
 #include "../kernels/parallel.h"

@@ -2,6 +2,7 @@
 
 #include <exception>
 #include <map>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 namespace planmoe {
 namespace {

@@ -4,7 +4,6 @@
 
 #include <functional>
 #include <memory>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
 #include "link.h"

@@ -1,6 +1,6 @@
 #include "abstract.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "../kernels/wire_rows.h"
 
@@ -18,7 +18,7 @@ void check_index(const at::Tensor& index, const at::Tensor& rows) {
                     "index must be a contiguous 1-d int64 tensor");
   TORCH_CHECK_VALUE(index.device() == rows.device(), "index is on ", index.device(), ", rows are on ", rows.device());
   if (index.device().is_cpu() && index.numel() > 0) {
-    auto [lowest, highest] = at::aminmax(index);
+    auto [lowest, highest] = index.aminmax();
     TORCH_CHECK_VALUE(lowest.item<int64_t>() >= 0 && highest.item<int64_t>() < rows.size(0), "index values lie in [",
                       lowest.item<int64_t>(), ", ", highest.item<int64_t>(), "], there are ", rows.size(0), " rows");
   }
@@ -40,14 +40,12 @@ void AbstractCompressor::check_dtype(at::ScalarType dtype) const {
                     "this compressor takes float32, float16 or bfloat16 rows, got ", dtype);
 }
 
-at::Tensor AbstractCompressor::misfits(const at::Tensor& rows) const {
-  return at::zeros({1}, rows.options().dtype(at::kInt));
-}
+at::Tensor AbstractCompressor::misfits(const at::Tensor& rows) const { return rows.new_zeros({1}, at::kInt); }
 
 at::Tensor AbstractCompressor::encode(const at::Tensor& rows, const std::optional<at::Tensor>& index) const {
   check_rows("rows", rows);
   const auto num_rows = index ? index->numel() : rows.size(0);
-  auto wire = at::empty({num_rows, row_bytes(rows.size(1), rows.scalar_type())}, rows.options().dtype(at::kByte));
+  auto wire = rows.new_empty({num_rows, row_bytes(rows.size(1), rows.scalar_type())}, at::kByte);
   encode_into(rows, index, wire);
   return wire;
 }
@@ -80,14 +78,14 @@ void AbstractCompressor::decode_tensor_into(const at::Tensor& wire, const at::Te
 
 at::Tensor RowCodec::encode_tensor(const at::Tensor& rows, at::ScalarType dtype) const {
   if (!rows.device().is_cpu()) return encode_on_device(rows, dtype);
-  auto wire = at::empty({rows.size(0), row_bytes(rows.size(1), dtype)}, rows.options().dtype(at::kByte));
+  auto wire = rows.new_empty({rows.size(0), row_bytes(rows.size(1), dtype)}, at::kByte);
   pack(*this, rows, std::nullopt, dtype, wire);
   return wire;
 }
 
 at::Tensor RowCodec::decode_tensor(const at::Tensor& wire, int64_t hidden, at::ScalarType dtype) const {
   if (!wire.device().is_cpu()) return decode_on_device(wire, hidden, dtype);
-  auto rows = at::empty({wire.size(0), hidden}, wire.options().dtype(dtype));
+  auto rows = wire.new_empty({wire.size(0), hidden}, dtype);
   unpack(*this, wire, rows, std::nullopt);
   return rows;
 }

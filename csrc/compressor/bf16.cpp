@@ -5,7 +5,7 @@
 // precision and save nothing.
 #include "rows/bf16.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "abstract.h"
 

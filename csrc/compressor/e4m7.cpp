@@ -20,7 +20,7 @@
 // Sums in float32 are rounded to bfloat16 first, as they are without a codec.
 #include "rows/e4m7.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <atomic>
 #include <vector>
@@ -62,7 +62,7 @@ class LosslessCompressor final : public E4M7Compressor {
 
   at::Tensor misfits(const at::Tensor& rows) const override {
     check_dtype(rows.scalar_type());
-    auto found = at::zeros({1}, rows.options().dtype(at::kInt));
+    auto found = rows.new_zeros({1}, at::kInt);
     if (const auto* kernels = planmoe::device_kernels(rows)) {
       kernels->find_misfits(rows.contiguous(), found);
       return found;

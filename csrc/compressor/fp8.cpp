@@ -11,7 +11,7 @@
 // value = e4m3 number * scale.
 #include "rows/fp8.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "abstract.h"
 

@@ -14,7 +14,7 @@
 // x[i] = d[i] * (W code)[i] * scale: W W = 128, so this is the orthonormal transform and back; W code is exact.
 #include "rows/hadamard_int8.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "abstract.h"
 

@@ -15,7 +15,7 @@
 // -kLevel[n].
 #include "rows/int4.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "abstract.h"
 

@@ -1,5 +1,5 @@
 // none: the rows' own bytes.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "abstract.h"
 

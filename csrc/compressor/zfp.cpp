@@ -7,7 +7,10 @@
 // comes back as NaN, one below 2^-98 as zeros. float32 values near the type's largest may come back infinite.
 #include "planmoe_zfp/zfp.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/IListRef_inl.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <charconv>

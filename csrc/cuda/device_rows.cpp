@@ -1,7 +1,7 @@
 // The row kernels for tensors: checks, dtypes, streams.
 #include "device_rows.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 

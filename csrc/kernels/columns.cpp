@@ -1,6 +1,6 @@
 #include "columns.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstring>
 
@@ -59,7 +59,7 @@ void pack_anywhere(const std::vector<Column>& columns, at::Tensor& rows) {
 at::Tensor pack_columns(const std::vector<Column>& columns, int64_t width) {
   check(columns, width);
   const auto& like = columns[0].values;
-  auto rows = at::empty({like.size(1), width}, like.options().dtype(at::kByte));
+  auto rows = like.new_empty({like.size(1), width}, at::kByte);
   if (rows.size(0) == 0) return rows;
   if (like.device().is_cpu())
     pack_on_host(columns, rows);

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "../clock.h"
 #include "../comm/abstract.h"
