@@ -156,7 +156,7 @@ class ExpertGroup:
     def working(self, what: str, phase: int) -> AbstractContextManager[None]:
         """Start exchanges inside: of `phase` (see Comm.set_phase). An error that leaves is told to all ranks."""
         self.comm.set_phase(phase)
-        return nullcontext() if self.watchdog is None else self.watchdog.reporting(what)
+        return nullcontext() if self.watchdog is None else self.watchdog.reporting(self.number, what)
 
     def check(self) -> None:
         """Raise the reason to stop, if there is one; on an accelerator once it has done all that was started."""

@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from planmoe_ds.backend import Comm, Exchange
-from planmoe_ds.errors import PlanMoEMismatchError
+from planmoe_ds.errors import PlanMoEError, PlanMoEMismatchError
 from planmoe_ds.notices import Notices, Position
 from planmoe_ds.stopping import Reason, end_waits
 
@@ -32,6 +32,7 @@ ANSWER_SECONDS = 5.0  # that a training thread waits for the store
 KEPT_STEPS = 24
 NO_NUMBER = 1 << 62  # of an exchange that is being started
 _MOST_STORE_FAILURES = 3
+_NCCL_LOST_A_PEER = "remote process exited"  # in its text of ncclRemoteError, which does not say whose
 
 _Answer = TypeVar("_Answer")
 
@@ -79,16 +80,22 @@ class Watchdog:
             if on_device is None and number != NO_NUMBER:
                 monitor.has_passed(group, number)
         except RuntimeError as error:
+            if _NCCL_LOST_A_PEER in str(error):
+                with contextlib.suppress(PlanMoEError):
+                    self.check_for_silence()
             raise monitor.explain(error, what).error() from error
         finally:
             monitor.move(monitor.position._replace(since=time.time(), waits=False), on_device)
 
     @contextlib.contextmanager
-    def reporting(self, where: str) -> Iterator[None]:
-        """Tell all ranks why this one leaves, if an error leaves."""
+    def reporting(self, group: int, where: str) -> Iterator[None]:
+        """Tell all ranks why this one leaves, if an error leaves; `group` is whose exchanges it starts."""
         try:
             yield
         except BaseException as error:
+            if isinstance(error, RuntimeError) and _NCCL_LOST_A_PEER in str(error):
+                with self.waiting(group, NO_NUMBER, where):
+                    raise
             self._monitor.publish(error, where)
             raise
 
@@ -261,7 +268,7 @@ class _Monitor(threading.Thread):
                 continue
             theirs = self._notices.position(peer)
             is_here = theirs is not None and theirs.waits and (theirs.group, theirs.number) == (mine.group, mine.number)
-            if is_here and theirs is not None and theirs.what != mine.what:
+            if is_here and theirs is not None and theirs.what != mine.what and mine.number != NO_NUMBER:
                 text = (
                     f"ranks are in different places of one exchange: rank {self.rank} {mine.describe()}; rank "
                     f"{peer} {theirs.describe()}. Every rank must run the same layers in the same order"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -135,6 +136,44 @@ def test_a_killed_rank_of_every_node(ranks: RankPool, comm: str, late: bool) -> 
             assert kind == "PlanMoEError", message
             assert any(f"rank {rank} " in message.splitlines()[0] for rank in ONE_OF_EVERY_NODE), message
             assert seconds < 12, (seconds, message)
+
+
+REMOTE_ERROR = "NCCL Error 6: remote process exited or there was a network error"
+
+
+def lose_connections(call: str, dies: bool, silence: float) -> tuple[float, str, str]:
+    """As over NCCL between hosts: a rank's death, or a broken link, is an error of the others' calls."""
+
+    def lose_them(*_: object, **__: object) -> None:
+        if dies and dist.get_rank() == ODD:
+            die()
+        raise RuntimeError(REMOTE_ERROR)
+
+    with patch.object(watchdog_module, "SILENCE_SECONDS", silence):
+        model = Model()
+        hidden = model.layer(0, *batch())
+        broken = dies or dist.get_rank() == 0  # else the others wait for this one
+        comm = type(model.layers[1].group.comm)
+        with patch.object(comm, call, lose_them) if broken else nullcontext():
+            return seconds_until_error(lambda: model.layer(1, hidden, batch()[1]))
+
+
+@pytest.mark.parametrize("call", ["start", "dispatch"])  # of the counts; of rows
+def test_a_rank_that_died_is_named_where_nccl_does_not(ranks: RankPool, call: str) -> None:
+    for outcome in ranks.run(4, lose_connections, call, True, 3.0, expect_failure=True, fresh=True, timeout=60):
+        if outcome.rank != ODD:
+            seconds, kind, message = outcome.result
+            assert kind == "PlanMoEError", message
+            assert message.startswith(f"rank {ODD} has not been heard of"), message
+            assert "waits in layer 1 forward" in message, message
+            assert seconds < 12, (seconds, message)
+
+
+def test_what_nccl_says_where_no_rank_is_gone(ranks: RankPool) -> None:
+    for seconds, kind, message in ranks.run(4, lose_connections, "dispatch", False, 1.0, fresh=True, timeout=60):
+        assert kind == "PlanMoEError", message
+        assert message.startswith(f"rank 0 stopped in layer 1 forward: {REMOTE_ERROR}"), message
+        assert seconds < 12, (seconds, message)
 
 
 class Stuck:
