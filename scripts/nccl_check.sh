@@ -6,8 +6,9 @@
 # Suites: faults, recovery (and links, as root), parallel (Megatron), engine, deepspeed, scripts (Megatron-LM's
 # pretrain_gpt.py; MEGATRON_LM names a checkout), layer and training (benchmarks). All of them where none is named. Four
 # ranks share the cards where there are fewer: that takes NCCL 2.30 or newer and NCCL_MULTI_RANK_GPU_ENABLE=1.
-# Environment: SECONDS_EACH (600), PYTHON (python3), and PROCESSES (1): so many pytest processes at a time run parallel,
-# engine and deepspeed, each on one card. More than two on a card want CUDA's Multi-Process Service
+# Environment: SECONDS_EACH (600), PYTHON (python3), RANKS_PER_HOST (all of them: with 2, faults, parallel, engine and
+# deepspeed run as emulated hosts of two), and PROCESSES (1): so many pytest processes at a time run parallel, engine and
+# deepspeed, each on one card. More than two on a card want CUDA's Multi-Process Service
 # (`nvidia-cuda-mps-control -d`), and NCCL_MAX_NCHANNELS=2 makes their start quicker. They get that service's default of
 # two connections each: with more, a card that many share is soon "busy or unavailable".
 set -uo pipefail
@@ -17,6 +18,7 @@ shift || true
 suites=("$@")
 [ ${#suites[@]} -gt 0 ] || suites=(faults recovery parallel engine deepspeed scripts layer training)
 PYTHON=${PYTHON:-python3}
+placement=(--ranks-per-host "${RANKS_PER_HOST:-0}")
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 status=0
 
@@ -39,14 +41,14 @@ over_nccl() {
     local name=$1 cards number processes=()
     shift
     if [ "${PROCESSES:-1}" -eq 1 ]; then
-        suite "$name" "$PYTHON" -m pytest -q --backend nccl "$@"
+        suite "$name" "$PYTHON" -m pytest -q --backend nccl "${placement[@]}" "$@"
         return
     fi
     cards=$(nvidia-smi -L | wc -l)
     for number in $(seq "$PROCESSES"); do
         (
             export CUDA_VISIBLE_DEVICES=$(((number - 1) % cards)) CUDA_DEVICE_MAX_CONNECTIONS=2
-            suite "$name-$number" "$PYTHON" -m pytest -q --backend nccl --shard "$number/$PROCESSES" "$@"
+            suite "$name-$number" "$PYTHON" -m pytest -q --backend nccl "${placement[@]}" --shard "$number/$PROCESSES" "$@"
             exit "$status"
         ) &
         processes+=($!)
@@ -56,7 +58,7 @@ over_nccl() {
 
 for name in "${suites[@]}"; do
     case $name in
-        faults) suite "$name" "$PYTHON" -m pytest -q tests/faults/test_on_gpus.py ;;
+        faults) suite "$name" "$PYTHON" -m pytest -q "${placement[@]}" tests/faults/test_on_gpus.py ;;
         recovery) suite "$name" "$PYTHON" -m pytest -q -m gpu tests/faults/test_recovery.py tests/faults/test_links.py ;;
         parallel) over_nccl "$name" tests/megatron/test_parity.py tests/megatron/test_activation.py ;;
         engine) over_nccl "$name" tests/engine ;;

@@ -65,7 +65,11 @@ def save_after_a_death(folder: str) -> tuple[str, list[str]]:
     return str(caught.value), [path.name for path in Path(folder).iterdir()]
 
 
-def test_weights_are_not_saved_after_a_rank_died(ranks: RankPool, tmp_path: Path) -> None:
+def test_weights_are_not_saved_after_a_rank_died(ranks: RankPool, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    if pytestconfig.getoption("--backend") == "nccl":
+        pytest.skip(
+            "a rank that is killed under CUDA's MPS takes all along: tests/faults/test_on_gpus.py has this test"
+        )
     outcomes = ranks.run(4, save_after_a_death, str(tmp_path), expect_failure=True, fresh=True, timeout=60)
     for outcome in outcomes:
         if outcome.rank != 1:
