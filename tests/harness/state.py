@@ -116,7 +116,7 @@ def reset_torch() -> None:
     """Set torch's process-wide switches and every random generator to what a test may rely on."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
     torch.use_deterministic_algorithms(mode=False)
     torch.set_grad_enabled(True)
     torch.manual_seed(SEED)
