@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g", "-ffp-contract=off"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-g", "-ffp-contract=off"]
 ZFP = [str(path) for path in sorted((ROOT / "zfp" / "src").glob("*.cpp"))]
 PROGRAMS = {
     "row codecs": ["-std=c++20", f"-I{ROOT}/csrc", f"{ROOT}/tests/native/row_codecs_fuzz.cpp"],
