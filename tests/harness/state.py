@@ -36,8 +36,19 @@ def preload_deepspeed() -> None:
     for name in _DEEPSPEED_MODULES:
         importlib.import_module(name)
     reset_torch()
-    gc.collect()
-    gc.freeze()
+    freeze_modules()
+
+
+_num_frozen = 0
+
+
+def freeze_modules() -> None:
+    """Between calls: what new modules hold stays, so that collecting garbage need not look through it every time."""
+    global _num_frozen  # noqa: PLW0603
+    if len(sys.modules) != _num_frozen:
+        _num_frozen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 def skip_deepspeed_compilation() -> None:

@@ -60,6 +60,7 @@ def _serve(connection: Connection, call: Call, backend: str) -> None:
     state.reset_torch()
     snapshot = state.snapshot_deepspeed()
     task = _load(call)
+    state.freeze_modules()
     state.skip_deepspeed_compilation()
     if isinstance(task, RankOutcome):
         connection.send(task)
