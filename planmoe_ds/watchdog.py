@@ -32,9 +32,13 @@ ANSWER_SECONDS = 5.0  # that a training thread waits for the store
 KEPT_STEPS = 24
 NO_NUMBER = 1 << 62  # of an exchange that is being started
 _MOST_STORE_FAILURES = 3
-_NCCL_LOST_A_PEER = "remote process exited"  # in its text of ncclRemoteError, which does not say whose
 
 _Answer = TypeVar("_Answer")
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    """Whether NCCL says so (ncclRemoteError): not which one."""
+    return isinstance(error, RuntimeError) and "remote process exited" in str(error)
 
 
 _START = Position(-1, -1, "the start", 0.0, waits=False)
@@ -80,7 +84,7 @@ class Watchdog:
             if on_device is None and number != NO_NUMBER:
                 monitor.has_passed(group, number)
         except RuntimeError as error:
-            if _NCCL_LOST_A_PEER in str(error):
+            if _lost_a_peer(error):
                 with contextlib.suppress(PlanMoEError):
                     self.check_for_silence()
             raise monitor.explain(error, what).error() from error
@@ -93,7 +97,7 @@ class Watchdog:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, RuntimeError) and _NCCL_LOST_A_PEER in str(error):
+            if _lost_a_peer(error):
                 with self.waiting(group, NO_NUMBER, where):
                     raise
             self._monitor.publish(error, where)

@@ -176,6 +176,22 @@ def test_what_nccl_says_where_no_rank_is_gone(ranks: RankPool) -> None:
         assert seconds < 12, (seconds, message)
 
 
+def start_in_places_of_their_own() -> str:
+    """What ranks start has no number yet: they may be apart."""
+    group = Model().layers[0].group
+    watchdog: Any = group.watchdog
+    try:
+        with watchdog.waiting(group.number, watchdog_module.NO_NUMBER, f"layer {dist.get_rank()} forward"):
+            time.sleep(6 * watchdog_module.PERIOD_SECONDS)
+    except RuntimeError as error:
+        return str(error)
+    return "fine"
+
+
+def test_ranks_that_start_different_exchanges_are_no_mismatch(ranks: RankPool) -> None:
+    assert ranks.run(2, start_in_places_of_their_own, fresh=True) == ["fine"] * 2
+
+
 class Stuck:
     """An exchange that an accelerator never gets past."""
 
