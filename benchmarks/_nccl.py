@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _PIPES, _DEFAULT_PIPES = "CUDA_MPS_PIPE_DIRECTORY", Path("/tmp/nvidia-mps")  # noqa: S108 - the service's own
 _GLOO_ADDRESS, _GLOO_LABEL = "127.1.0.1/32", "lo:gloo"
 _REMOVE_QUEUES = "tc qdisc del dev lo root"
+_RECEIVERS = Path("/sys/class/net/lo/queues/rx-0/rps_cpus")  # the mask of CPUs among which the kernel deals connections
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -102,8 +103,8 @@ def limited_link(hosts: int, gbit: float | None, *, fair: bool = False) -> Itera
 
     The ranks' traffic between hosts goes through the loopback device, and nothing else of size does. It waits in one
     queue. `fair`: what hosts tell each other over gloo has a queue of its own that goes first, at an address of its
-    own: nearly as where queues are fair to connections (fq_codel) or another network carries it. Yields the variables
-    by which ranks find that address.
+    own: nearly as where queues are fair to connections (fq_codel) or another network carries it. Every connection is
+    received on one CPU (see `_received_in_order`). Yields the variables by which ranks find that address.
     """
     if gbit is None:
         yield {}
@@ -125,13 +126,36 @@ def limited_link(hosts: int, gbit: float | None, *, fair: bool = False) -> Itera
             (f"tc filter add dev lo parent 1: protocol ip u32 match ip dst {_GLOO_ADDRESS} flowid 1:2", ""),
             (f"ip address add {_GLOO_ADDRESS} dev lo label {_GLOO_LABEL}", f"ip address del {_GLOO_ADDRESS} dev lo"),
         ]
-    with ExitStack() as undo:
+    with _received_in_order(), ExitStack() as undo:
         for command, opposite in steps:
             if subprocess.run(command.split(), check=False).returncode != 0:
                 sys.exit(f"--gbit{' --fair' * fair}: the kernel did not take `{command}`")
             if opposite:
                 undo.callback(subprocess.run, opposite.split(), check=False)
         yield {"GLOO_SOCKET_IFNAME": _GLOO_LABEL} if fair else {}
+
+
+@contextmanager
+def _received_in_order() -> Iterator[None]:
+    """Inside, each connection over the loopback device is received on one CPU.
+
+    Packets that come out of a queue are otherwise received on the CPU that happened to serve it, and overtake each
+    other on the way. A connection whose first packets do so may be reset: NCCL's ncclRemoteError.
+    """
+    digits = f"{(1 << (os.cpu_count() or 1)) - 1:x}"
+    digits = digits.zfill(-(-len(digits) // 8) * 8)
+    before = None
+    try:
+        old = _RECEIVERS.read_text()
+        _RECEIVERS.write_text(",".join(digits[at : at + 8] for at in range(0, len(digits), 8)))
+        before = old
+    except OSError as error:
+        print(f"--gbit: packets may overtake each other, and connections be reset: {error}", file=sys.stderr)
+    try:
+        yield
+    finally:
+        if before is not None:
+            _RECEIVERS.write_text(before)
 
 
 def start(hosts: int) -> torch.device:

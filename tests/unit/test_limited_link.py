@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import _nccl
 from benchmarks._nccl import ROOT, launch, limited_link
 
 LIMITS = "ceil 13.8gbit burst 1mb cburst 1mb quantum 60000"
@@ -48,7 +49,26 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("REFUSED", "nothing")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(_nccl, "_RECEIVERS", tmp_path / "rps_cpus")
+    (tmp_path / "rps_cpus").write_text("0\n")
     return log
+
+
+@pytest.mark.parametrize(("cpus", "mask"), [(2, "00000003"), (16, "0000ffff"), (40, "000000ff,ffffffff")])
+def test_connections_are_dealt_among_cpus(calls: Path, monkeypatch: pytest.MonkeyPatch, cpus: int, mask: str) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    receivers = calls.parent / "rps_cpus"
+    with limited_link(2, 6.9):
+        assert receivers.read_text() == mask
+    assert receivers.read_text() == "0\n"
+
+
+def test_where_that_cannot_be_had(calls: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (calls.parent / "rps_cpus").unlink()
+    with limited_link(2, 6.9):
+        pass
+    assert "connections be reset: [Errno 2]" in capfd.readouterr().err
+    assert calls.read_text().splitlines() == TOLD[False]
 
 
 def test_unlimited(calls: Path) -> None:
@@ -124,28 +144,32 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 IN_A_NAMESPACE = """
 import socket, subprocess
-from benchmarks._nccl import limited_link
+from benchmarks._nccl import _RECEIVERS, limited_link
 
 def sent(way):
     shown = subprocess.run(["tc", "-s", "class", "show", "dev", "lo"], stdout=-1, text=True).stdout
     return int(shown.split(f"class htb {way} ")[1].split("Sent ")[1].split()[0])
 
 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+subprocess.run(["mount", "-t", "sysfs", "sysfs", "/sys"], check=True)  # this network's devices
+before = _RECEIVERS.read_text()
 with limited_link(2, 1.0, fair=True):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.sendto(bytes(1000), ("127.1.0.1", 9))
         sender.sendto(bytes(3000), ("127.0.0.1", 9))
         print(sent("1:2"), sent("1:3"))
+    assert int(before.replace(",", ""), 16) == 0 < int(_RECEIVERS.read_text().replace(",", ""), 16)
+assert _RECEIVERS.read_text() == before
 """
 
 
 def test_gloo_has_a_queue_of_its_own() -> None:
-    can = "unshare --net tc qdisc add dev lo root htb"
+    can = "unshare --net --mount tc qdisc add dev lo root htb"
     if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "tc", "ip"))):
         pytest.skip("takes root, unshare, tc and ip")
     if subprocess.run(can.split(), check=False).returncode != 0:
         pytest.skip(f"the kernel does not take `{can}`")
-    command = ["unshare", "--net", sys.executable, "-c", IN_A_NAMESPACE]
+    command = ["unshare", "--net", "--mount", sys.executable, "-c", IN_A_NAMESPACE]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     small, large = map(int, ran.stdout.split())
